@@ -1,0 +1,82 @@
+"""AutoAWQ's GEMM checkpoint layout: 4 bits, read by transformers (through gptqmodel's kernels) and vLLM.
+
+For a linear of ``in`` inputs, ``out`` outputs and ``G`` groups:
+
+==========  ===================  =========================================================================
+``qweight`` int32 [in, out/8]    eight codes a word along the outputs, in the order 0 2 4 6 1 3 5 7
+``qzeros``  int32 [G, out/8]     zeros, packed alike
+``scales``  float16 [G, out]
+==========  ===================  =========================================================================
+
+Other widths are not part of the layout as readers know it, so they are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quantlab.formats import bits as bitstream
+
+ZERO_MIN = 0
+SUFFIXES = ("qweight", "qzeros", "scales")
+ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+
+def pack(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_of: torch.Tensor, *, bits: int
+) -> dict[str, torch.Tensor]:
+    """The three tensors of one linear. ``codes`` [out, in], ``scales`` and ``zeros`` [out, G]; ``group_of`` must be
+    in order, which is the only arrangement this layout knows."""
+    if not torch.equal(group_of, group_of.sort().values):
+        raise ValueError("the awq layout has no room for a column order")
+    return {
+        "qweight": _pack_rows(codes, bits),
+        "qzeros": _pack_rows(zeros, bits),
+        "scales": scales.t().to(torch.float16).contiguous(),
+    }
+
+
+def unpack(
+    tensors: Mapping[str, torch.Tensor], *, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inverse of :func:`pack`."""
+    codes = _unpack_rows(tensors["qweight"], bits).to(torch.uint8)
+    width = codes.shape[1] if group_size == -1 else group_size
+    group_of = torch.arange(codes.shape[1]) // width
+    zeros = _unpack_rows(tensors["qzeros"], bits)
+    return codes, tensors["scales"].t().to(torch.float32), zeros, group_of
+
+
+def config(
+    *, bits: int, group_size: int, symmetric: bool, act_order: bool, damp: float, quantizer: str
+) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint in this layout."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "format": "gemm",
+        "bits": bits,
+        "group_size": group_size,
+        "zero_point": not symmetric,
+        "modules_to_not_convert": None,
+        "meta": {"quantizer": [quantizer]},
+    }
+
+
+def _pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """[out, n] integers to int32 [n, out/8]."""
+    outputs, n = values.shape
+    ordered = values.reshape(outputs // 8, 8, n)[:, ORDER.to(values.device)].reshape(outputs, n)
+    return bitstream.pack(ordered, bits).t().contiguous()
+
+
+def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [n, out/8] to int32 [out, n]."""
+    outputs = words.shape[1] * 32 // bits
+    ordered = bitstream.unpack(words.t(), bits, outputs).reshape(outputs // 8, 8, -1)
+    values = torch.empty_like(ordered)
+    values[:, ORDER.to(words.device)] = ordered
+    return values.reshape(outputs, -1)

@@ -1,0 +1,70 @@
+"""AutoGPTQ's checkpoint layout, version 1, as read by transformers (through gptqmodel's kernels) and vLLM.
+
+For a linear of ``in`` inputs and ``out`` outputs, ``b`` bits and ``G`` groups:
+
+==========  ================  ==========================================================================
+``qweight`` int32 [in*b/32, out]  codes packed along the inputs
+``qzeros``  int32 [G, out*b/32]   ``zero - 1`` packed along the outputs
+``scales``  float16 [G, out]
+``g_idx``   int32 [in]            the group of each input column
+==========  ================  ==========================================================================
+
+Readers add one to every packed field of ``qzeros`` at once, so ``zero - 1`` must not be negative: a zero of 0 would
+carry into its neighbour. Grids for this layout are therefore fitted with ``zero >= 1`` (``ZERO_MIN``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quantlab.formats import bits as bitstream
+
+ZERO_MIN = 1
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def pack(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_of: torch.Tensor, *, bits: int
+) -> dict[str, torch.Tensor]:
+    """The four tensors of one linear. ``codes`` [out, in], ``scales`` and ``zeros`` [out, G], ``group_of`` [in]."""
+    return {
+        "qweight": bitstream.pack(codes.t(), bits),
+        "qzeros": bitstream.pack(zeros - 1, bits).t().contiguous(),
+        "scales": scales.t().to(torch.float16).contiguous(),
+        "g_idx": group_of.to(torch.int32),
+    }
+
+
+def unpack(
+    tensors: Mapping[str, torch.Tensor], *, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inverse of :func:`pack`."""
+    group_of = tensors["g_idx"].to(torch.int64)
+    outputs = tensors["scales"].shape[1]
+    codes = bitstream.unpack(tensors["qweight"], bits, group_of.shape[0]).t().to(torch.uint8)
+    zeros = bitstream.unpack(tensors["qzeros"].t(), bits, outputs) + 1
+    return codes.contiguous(), tensors["scales"].t().to(torch.float32), zeros, group_of
+
+
+def config(
+    *, bits: int, group_size: int, symmetric: bool, act_order: bool, damp: float, quantizer: str
+) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint in this layout. ``quantizer`` is ``name:version``."""
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "format": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": act_order,
+        "static_groups": False,
+        "damp_percent": damp,
+        "lm_head": False,
+        "true_sequential": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [quantizer]},
+    }

@@ -1,0 +1,243 @@
+"""A model as files: configuration and safetensors headers, read without torch and without loading a weight.
+
+Everything that can be refused before heavy work is refused from here: a missing or corrupt file, pickled weights,
+a layer whose shape does not fit a recipe. The format of a safetensors header (8 bytes of length, JSON with dtype,
+shape and offsets of every tensor) is https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import DataError, MachineError
+from quantlab.paths import PACKAGE, nearest
+
+EMBEDDED = PACKAGE / "models" / "embedded"
+LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; nothing of it is loaded."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A checked model directory. ``name`` is how the user called it."""
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def params(self) -> int:
+        """Stored parameters: a tied matrix counts once. Meaningful for models that are not quantized."""
+        return sum(t.count for t in self.tensors.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.stat().st_size for file in self.weight_files)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted({t.file for t in self.tensors.values()})
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over configuration and weight files, 16 hex digits."""
+        total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.weight_files:
+            with file.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        return total.hexdigest()[:16]
+
+    @property
+    def quantized(self) -> Mapping[str, Any] | None:
+        """The checkpoint's ``quantization_config``, None for a plain model."""
+        found = self.config.get("quantization_config")
+        return found if isinstance(found, dict) else None
+
+    @cached_property
+    def block_prefix(self) -> str:
+        """The name before the block number: ``model.layers`` in ``model.layers.3.mlp.up_proj.weight``."""
+        counts = Counter(m.group(1) for name in self.tensors if (m := re.match(r"(.+?)\.\d+\.", name)))
+        if not counts:
+            raise DataError(f"{self.name}: no repeated decoder blocks among its {len(self.tensors)} tensors")
+        return counts.most_common(1)[0][0]
+
+    def block_linears(self) -> dict[str, tuple[int, int]]:
+        """Matrices inside the blocks, module name to (out, in)."""
+        prefix = self.block_prefix + "."
+        return {
+            name.removesuffix(".weight"): (t.shape[0], t.shape[1])
+            for name, t in self.tensors.items()
+            if name.startswith(prefix) and name.endswith(".weight") and len(t.shape) == 2
+        }
+
+
+def open_files(ref: str | Path) -> ModelFiles:
+    """Find a model (``embedded:<name>``, a directory, or a Hugging Face id) and check its files.
+
+    Raises:
+        DataError: no such model, no safetensors, a corrupt file, a shard that the index names is missing.
+        MachineError: a hub id that is not cached, and no network.
+    """
+    name = str(ref)
+    path = _locate(name)
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise DataError(
+            f"{name}: no config.json in {path}", hint="give the directory of a Hugging Face model"
+        )
+    config = _read_json(config_file)
+    files = _weight_files(name, path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors.update(read_header(file))
+    return ModelFiles(name, path, config, tensors)
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, with every offset checked against the file's size."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(LARGEST_HEADER, size - 8):
+                raise ValueError(f"its header claims {length} bytes, the file has {size}")
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        header.pop("__metadata__", None)
+        found, end = {}, 0
+        for name, entry in header.items():
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
+            if dtype in DTYPE_BYTES and stop - start != expected:
+                raise ValueError(f"{name} spans {stop - start} bytes, {dtype} {list(shape)} needs {expected}")
+            found[name] = TensorInfo(name, file, dtype, shape)
+            end = max(end, stop)
+        if 8 + length + end != size:
+            raise ValueError(f"its header describes {8 + length + end} bytes, the file has {size}")
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} is not a sound safetensors file: {error}",
+            hint="it is cut short or damaged: fetch it again",
+        ) from error
+    return found
+
+
+def embedded_names() -> list[str]:
+    """The models that ship with quantlab, as ``embedded:<name>``."""
+    return [f"embedded:{p.name}" for p in sorted(EMBEDDED.glob("*")) if (p / "config.json").is_file()]
+
+
+def _locate(name: str) -> Path:
+    if name.startswith("embedded:"):
+        path = EMBEDDED / name.removeprefix("embedded:")
+        if name not in embedded_names():
+            near = nearest(name, embedded_names())
+            raise DataError(
+                f"no embedded model {name!r}", hint=f"there is {near or ', '.join(embedded_names())}"
+            )
+        return path
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise DataError(f"{name} is a file", hint="give the model's directory")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (path.parent.is_dir() and path.parent != Path()):
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
+        raise DataError(
+            f"no such model: {name}",
+            hint=f"did you mean {path.parent / near}?"
+            if near
+            else "give a directory, a Hugging Face id (owner/name), or " + ", ".join(embedded_names()),
+        )
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED))
+    except RepositoryNotFoundError as error:
+        raise DataError(f"no such model: {name} is neither a directory nor on the hub") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise MachineError(
+            f"{name} is not a directory here, and the hub cannot be reached for it",
+            hint="check the path, or the network; embedded:base needs neither",
+        ) from error
+
+
+def _weight_files(name: str, path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise DataError(f"{index} has no weight_map")
+        files = [path / file for file in sorted(set(weight_map.values()))]
+        for file in files:
+            if file.resolve().parent != path.resolve() and not file.is_symlink():
+                raise DataError(f"{index} points outside the model's directory: {file.name}")
+            if not file.is_file():
+                raise DataError(f"{name}: shard {file.name}, named in {index.name}, is missing")
+        return files
+    single = path / "model.safetensors"
+    if single.is_file():
+        return [single]
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles:
+        raise DataError(
+            f"{name} holds only pickled weights ({pickles[0]}), which can run code when opened",
+            hint="save the model with safetensors first",
+        )
+    raise DataError(f"{name}: no model.safetensors in {path}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object")
+    return content

@@ -1,0 +1,152 @@
+"""A model opened whole, for evaluation, training, or saving: any checkpoint that transformers can read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantlab.errors import DataError, MachineError
+from quantlab.models.files import ModelFiles, open_files
+
+# gptqmodel sizes its pools for a server unless told; it reads this once, at import.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
+
+
+@dataclass
+class Subject:
+    """A model ready to be measured. ``size_bytes`` is that of its weight files; ``params`` counts the
+    original parameters, also of a quantized checkpoint."""
+
+    model: Any
+    tokenizer: Any
+    device: str
+    name: str
+    path: Path
+    size_bytes: int
+    params: int
+
+
+def pick_device(wish: str = "auto") -> str:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        MachineError: a CUDA device was asked for and there is none.
+    """
+    if wish == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wish.startswith("cuda") and not torch.cuda.is_available():
+        raise MachineError("no CUDA device here", hint="use --device cpu")
+    return wish
+
+
+def load_tokenizer(files: ModelFiles, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(files.path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{files.name}: its tokenizer cannot be loaded: {error}") from error
+
+
+def load_subject(
+    ref: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quantization: Any = None,
+) -> Subject:
+    """Load a model directory, hub id or ``embedded:<name>`` through plain transformers.
+
+    ``quantization`` is a transformers quantization config that is applied while loading (bitsandbytes).
+
+    Raises:
+        DataError: the files are bad or transformers cannot make a model of them. MachineError: a library is missing.
+    """
+    files = open_files(ref)
+    place = pick_device(device)
+    quiet_libraries()
+    from transformers import AutoModelForCausalLM
+
+    extra = {"quantization_config": quantization} if quantization is not None else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            files.path,
+            dtype=_dtype(files, dtype, place),
+            device_map={"": place},
+            trust_remote_code=trust_remote_code,
+            **extra,
+        ).eval()
+    except ImportError as error:
+        raise MachineError(f"{files.name} needs a library that is not here: {error}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{files.name}: transformers cannot load it: {error}") from error
+    keep_bnb_storage(model)
+    tokenizer = load_tokenizer(files, trust_remote_code)
+    return Subject(
+        model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
+    )
+
+
+def _dtype(files: ModelFiles, wish: str, device: str) -> str | torch.dtype:
+    """What transformers is asked for. CPUs multiply float16 an order of magnitude slower than float32, which holds
+    the same values, so there a float16 model is computed in float32."""
+    if wish != "auto":
+        found: torch.dtype = getattr(torch, wish)
+        return found
+    stored = files.config.get("dtype") or files.config.get("torch_dtype")
+    return torch.float32 if device == "cpu" and stored == "float16" else "auto"
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say on loading off the terminal: stdout belongs to results, stderr to progress."""
+    for name in ("torchao", "torch.utils._pytree", "gptqmodel", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|gptqmodel|optimum|bitsandbytes)(\..*)?")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        from logbar import LogBar  # gptqmodel's own logger, which writes to stdout
+    except ImportError:
+        return
+    LogBar.shared().setLevel("ERROR")
+
+
+def keep_bnb_storage(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place at the first forward on AVX512-BF16 CPUs: what is saved
+    afterwards, and every gradient through the layer, would be wrong."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def count_params(model: nn.Module, files: ModelFiles) -> int:
+    """Parameters of the model before quantization: packed layers count as the matrices they stand for."""
+    config: Mapping[str, Any] | None = files.quantized
+    if config is None and not any(_packed(m) for m in model.modules()):
+        return files.params
+    total = 0
+    inside: set[int] = set()
+    for module in model.modules():
+        if _packed(module):
+            bias = getattr(module, "bias", None)
+            total += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+            total += bias.numel() if isinstance(bias, torch.Tensor) else 0
+            inside.update(id(p) for p in module.parameters())
+    return total + sum(p.numel() for p in model.parameters() if id(p) not in inside)
+
+
+def _packed(module: nn.Module) -> bool:
+    kinds = {c.__name__ for c in type(module).__mro__}
+    return bool(kinds & {"Linear4bit", "Linear8bitLt", "BaseQuantLinear"})

@@ -1,0 +1,83 @@
+"""Models for tests: a tiny random Llama on disk, the real small one where it is at hand, the embedded one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+BABY = SHARED / "models" / "babyllama-char-1M"
+WORDS = "the cat sat on a mat while seven small birds sang about rain and bread 고양이가 비를 본다 SELECT name FROM t;"
+
+
+def byte_tokenizer() -> Any:
+    """A byte-level tokenizer without merges: 256 bytes and an end token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=257,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([WORDS], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+def write_tiny(
+    folder: Path, *, tie: bool = False, layers: int = 3, dtype: str = "bfloat16", hidden: int = 128
+) -> Path:
+    """Save a random Llama with grouped-query attention into ``folder``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tie,
+        initializer_range=0.1,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():  # norms that are not all ones, channels that differ
+        if "norm" in name:
+            parameter.data = torch.rand_like(parameter) + 0.5
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough random words for 16 rows of 64 bytes."""
+    import random
+
+    seeded = random.Random(0)
+    path = tmp_path_factory.mktemp("calib") / "words.txt"
+    path.write_text(" ".join(seeded.choice(WORDS.split()) for _ in range(2000)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def baby() -> Path:
+    if not BABY.is_dir():
+        pytest.skip("the shared real model is not here")
+    return BABY

@@ -1,0 +1,125 @@
+"""The GPTQ solver against the paper's algorithm written naively, against brute force, and at its edges."""
+
+import itertools
+
+import pytest
+import torch
+
+from quantlab.quant.gptq import inverse_factor, solve_gptq
+from quantlab.quant.grid import Grid, decode, encode, fit, layer_loss, round_to_grid
+
+
+def problem(
+    out: int = 32, columns: int = 64, tokens: int = 400, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [out, in] and second moments [in, in] of correlated inputs."""
+    seeded = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=seeded) / 4
+    x = torch.randn(tokens, columns, generator=seeded) @ (mix + torch.eye(columns))
+    return torch.randn(out, columns, generator=seeded), x.t() @ x / tokens
+
+
+def naive(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damp: float) -> torch.Tensor:
+    """Algorithm 1 with the inverse recomputed for every column (OBS, section 3.1), in float64."""
+    w, h = weight.double().clone(), hessian.double().clone()
+    h += damp * torch.diagonal(h).mean() * torch.eye(len(h), dtype=torch.float64)
+    result = torch.empty_like(w)
+    for j in range(w.shape[1]):
+        if j % grid.group_size == 0:
+            scale, zero = fit(w[:, j : j + grid.group_size].float(), grid)
+        inverse = torch.linalg.inv(h[j:, j:])
+        value = decode(encode(w[:, j].float(), scale, zero, grid), scale, zero).double()
+        result[:, j] = value
+        error = (w[:, j] - value) / inverse[0, 0]
+        w[:, j:] -= error[:, None] * inverse[0][None]
+    return result.float()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_equals_the_naive_algorithm(width: int, symmetric: bool) -> None:
+    weight, hessian = problem()
+    grid = Grid(width, 16, symmetric, zero_min=1)
+    ours = solve_gptq(weight, hessian, grid, damp=0.01).dequantize()
+    theirs = naive(weight, hessian, grid, 0.01)
+    # A value halfway between two codes may fall either way in float32: then what follows in its row differs.
+    same_rows = (ours - theirs).abs().amax(dim=1) < 1e-4
+    assert same_rows.float().mean() > 0.9
+    assert layer_loss(weight, ours, hessian) <= 1.02 * layer_loss(weight, theirs, hessian)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [16, 64, -1])
+def test_beats_rounding(group_size: int, act_order: bool) -> None:
+    weight, hessian = problem(seed=3)
+    grid = Grid(3, group_size, True)
+    rounded = layer_loss(weight, round_to_grid(weight, grid).dequantize(), hessian)
+    solved = layer_loss(weight, solve_gptq(weight, hessian, grid, act_order=act_order).dequantize(), hessian)
+    assert solved < 0.8 * rounded
+
+
+@pytest.mark.parametrize("block", [8, 24, 64, 128])
+def test_block_size_changes_nothing(block: int) -> None:
+    weight, hessian = problem(seed=1)
+    grid = Grid(4, 32, False, zero_min=1)
+    whole = solve_gptq(weight, hessian, grid, block=1000).dequantize()
+    parts = solve_gptq(weight, hessian, grid, block=block).dequantize()
+    assert (whole - parts).abs().amax(dim=1).lt(1e-4).float().mean() > 0.9
+
+
+def test_brute_force_on_four_columns() -> None:
+    """With every code tried, GPTQ lies between round-to-nearest and the optimum."""
+    weight, hessian = problem(out=4, columns=4, seed=7)
+    grid = Grid(2, 4, True)
+    scale, zero = fit(weight, grid)
+    best = torch.full((4,), float("inf"))
+    for codes in itertools.product(range(4), repeat=4):
+        error = weight - decode(torch.tensor(codes, dtype=torch.float32)[None], scale[:, None], zero[:, None])
+        best = torch.minimum(best, ((error @ hessian) * error).sum(dim=1))
+    solved = layer_loss(weight, solve_gptq(weight, hessian, grid, damp=1e-6).dequantize(), hessian)
+    rounded = layer_loss(weight, round_to_grid(weight, grid).dequantize(), hessian)
+    assert best.sum() - 1e-4 <= solved <= rounded
+
+
+def test_act_order_groups_follow_the_order() -> None:
+    weight, hessian = problem()
+    quantized = solve_gptq(weight, hessian, Grid(4, 16, True), act_order=True)
+    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
+    assert torch.equal(quantized.group_of[order], torch.arange(64) // 16)
+
+
+def test_dead_channels_cost_nothing() -> None:
+    weight, hessian = problem()
+    hessian[5, :] = hessian[:, 5] = 0
+    for act_order in (False, True):
+        quantized = solve_gptq(weight, hessian, Grid(4, 16, True), act_order=act_order).dequantize()
+        assert torch.isfinite(quantized).all()
+        assert torch.equal(quantized[:, 5], torch.zeros(32))
+
+
+def test_singular_moments_are_damped_until_they_hold() -> None:
+    weight, _ = problem()
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))  # fewer tokens than channels
+    hessian = x.t() @ x / 3
+    assert torch.isfinite(solve_gptq(weight, hessian, Grid(4, 16, True), damp=1e-9).dequantize()).all()
+
+
+def test_negative_definite_and_nan_are_refused() -> None:
+    with pytest.raises(ValueError, match="not positive definite"):
+        inverse_factor(-torch.eye(4), 0.01)
+    with pytest.raises(ValueError, match="NaN"):
+        inverse_factor(torch.full((4, 4), float("nan")), 0.01)
+
+
+def test_zero_rows_stay_zero() -> None:
+    weight, hessian = problem()
+    weight[3] = 0
+    assert torch.equal(solve_gptq(weight, hessian, Grid(4, 16, True)).dequantize()[3], torch.zeros(64))
+
+
+def test_stacked_rows_are_independent() -> None:
+    weight, hessian = problem()
+    grid = Grid(4, 16, True)
+    whole = solve_gptq(weight, hessian, grid).codes
+    halves = [solve_gptq(part, hessian, grid).codes for part in weight.split(16)]
+    assert torch.equal(whole, torch.cat(halves))

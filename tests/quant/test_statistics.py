@@ -1,0 +1,88 @@
+"""Second moments: exact against float64, shared where layers share an input, linked to the norm that feeds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantlab.models.blocks import Opened, linears, run_block
+from quantlab.models.files import open_files
+from quantlab.quant.engine import norm_offset, norms
+from quantlab.quant.statistics import Collector, Moments
+
+
+def test_sums_agree_with_float64() -> None:
+    seeded = torch.Generator().manual_seed(0)
+    x = (torch.randn(4000, 48, generator=seeded) * torch.logspace(-2, 1.5, 48)).to(torch.bfloat16)
+    moments = Moments(["a"], torch.zeros(48, 48), torch.zeros(48))
+    for part in x.split(700):
+        moments.add(part[None])
+    moments.finish()
+    exact = x.double().t() @ x.double() / len(x)
+    assert moments.tokens == 4000
+    assert ((moments.hessian - exact).norm() / exact.norm()).item() < 1e-5
+    assert torch.allclose(moments.magnitude, x.double().abs().mean(dim=0).float(), rtol=1e-4)
+
+
+def test_which_layers_share_is_observed(tiny: Path) -> None:
+    opened = Opened(open_files(tiny), "cpu", torch.float32)
+    rows = torch.randint(1, 257, (3, 16), generator=torch.Generator().manual_seed(0))
+    hidden, calls = opened.inputs(rows)
+    block = opened.block(1)
+    with torch.no_grad(), Collector(linears(block), norms(block)) as collector:
+        for i in range(3):
+            run_block(block, hidden[i : i + 1], calls[1])
+            collector.next_batch()
+    found = {tuple(m.layers): m for m in collector.finish()}
+    assert set(found) == {
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    }
+    assert all(m.tokens == 48 for m in found.values())
+    assert collector.norm_of == {
+        "self_attn.q_proj": "input_layernorm",
+        "mlp.gate_proj": "post_attention_layernorm",
+    }
+
+
+def test_block_by_block_equals_the_whole_model(tiny: Path) -> None:
+    """The stubs record what every block is called with: run alone, the blocks compute the model's hidden states."""
+    from transformers import AutoModelForCausalLM
+
+    opened = Opened(open_files(tiny), "cpu", torch.float32)
+    rows = torch.randint(1, 257, (2, 24), generator=torch.Generator().manual_seed(1))
+    hidden, calls = opened.inputs(rows)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(input_ids=rows, output_hidden_states=True).hidden_states
+        assert torch.equal(hidden, expected[0])
+        for index in range(len(opened.blocks)):
+            block = opened.block(index)
+            hidden = run_block(block, hidden, calls[index])
+            opened.empty(block)
+            if index + 1 < len(opened.blocks):  # the last entry is after the final norm
+                assert torch.allclose(hidden, expected[index + 1], atol=1e-5)
+    assert all(p.is_meta for p in opened.blocks.parameters())
+
+
+class OnePlusNorm(nn.Module):
+    """As in Gemma: the stored weight is what is added to one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+def test_norms_of_one_plus_weight_are_told_apart() -> None:
+    assert norm_offset(OnePlusNorm(16)) == 1.0
+    assert norm_offset(nn.LayerNorm(16)) == 0.0
+    norm = nn.RMSNorm(16)
+    before = norm.weight
+    assert norm_offset(norm) == 0.0 and norm.weight is before
