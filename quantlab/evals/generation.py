@@ -1,0 +1,164 @@
+"""Greedy generation in batches that stops as soon as every answer holds a complete SQL statement.
+
+Prompts are sorted by length and padded on the left. A row is done when the model ends the sequence, or when
+its text holds a complete statement and something more: what follows the statement shows whether the model
+would have stopped by itself. Only the answer's tokens are decoded. Whatever sampling the checkpoint
+suggests in its generation config is put aside, so every model is decoded in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from quantlab.progress import Advance
+from quantlab.sql.extract import rest_is_nothing, statement_end
+
+LOOK_EVERY = 8  # tokens between two looks at a row that has shown no sign of a statement's end
+REST_CHARACTERS = 32  # blanks and closing fences after a statement that are waited through
+
+
+@dataclass(frozen=True)
+class Generation:
+    """`text` without the prompt and without special tokens. `ended`: the model wrote its end-of-sequence token."""
+
+    text: str
+    tokens: int
+    ended: bool
+    full: bool  # max_new_tokens were used up before the row was done
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    device: str,
+    stop_at_statement: bool = True,
+    advance: Advance | None = None,
+) -> list[Generation]:
+    """Answers in the order of `prompts`, the longest prompts run first."""
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
+    results: dict[int, Generation] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [encoded[index] for index in chosen]
+        watch = _Watch(tokenizer, _end_ids(model, tokenizer), len(rows), stop_at_statement)
+        _run(model, tokenizer, rows, watch, max_new_tokens, device)
+        for index, row in zip(chosen, watch.rows, strict=True):
+            text = tokenizer.decode(row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            results[index] = Generation(text, len(row.tokens), row.ended, not row.done)
+        if advance is not None:
+            advance(len(rows))
+    return [results[index] for index in range(len(prompts))]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), int64 [rows, longest]."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask[index, longest - len(row) :] = 1
+    return ids, mask
+
+
+@torch.inference_mode()
+def _run(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], watch: _Watch, max_new_tokens: int, device: str
+) -> None:
+    ends = sorted(watch.end_ids)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    ids, mask = pad_left(rows, pad)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=ends or None,
+    )
+    with _own_config(model, config):
+        model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([watch]),
+        )
+
+
+@contextmanager
+def _own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """transformers fills what a given config leaves open from the model's own: put that one aside."""
+    kept = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends a sequence: the generation config's (one or several) and the tokenizer's."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = set(named) if isinstance(named, list | tuple) else {named}
+    ids.add(tokenizer.eos_token_id)
+    return frozenset(int(token) for token in ids if token is not None)
+
+
+@dataclass
+class _Row:
+    tokens: list[int]
+    ended: bool = False
+    done: bool = False
+    signs: bool = False  # a token that can end a statement was seen
+
+
+class _Watch(StoppingCriteria):
+    """Follows every row of a batch; called by `generate` after each token."""
+
+    def __init__(self, tokenizer: Any, end_ids: frozenset[int], rows: int, stop_at_statement: bool) -> None:
+        self.tokenizer = tokenizer
+        self.end_ids = end_ids
+        self.stop_at_statement = stop_at_statement
+        self.rows = [_Row([]) for _ in range(rows)]
+        self.signs = _sign_ids(tokenizer) if stop_at_statement else frozenset()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.done:
+                self._follow(row, token)
+        return torch.tensor([row.done for row in self.rows], device=input_ids.device)
+
+    def _follow(self, row: _Row, token: int) -> None:
+        if token in self.end_ids:
+            row.ended = row.done = True
+            return
+        row.tokens.append(token)
+        row.signs = row.signs or token in self.signs
+        if not self.stop_at_statement or not (row.signs or len(row.tokens) % LOOK_EVERY == 0):
+            return
+        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        end = statement_end(text)
+        if end is not None:
+            rest = text[end:]
+            row.done = len(rest) > REST_CHARACTERS or not rest_is_nothing(rest)
+
+
+def _sign_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that hold a semicolon, a heading or a fence, also as byte tokens."""
+    words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    signs = (";", "#", "`", "<0x3B>")
+    return frozenset(
+        index
+        for index, word in enumerate(words)
+        if word is not None and any(sign in str(word) for sign in signs)
+    )

@@ -1,0 +1,87 @@
+"""Perplexity by the GPTQ protocol, and bits per byte.
+
+Over non-overlapping windows (see `windows.py`) the mean negative log-likelihood of each token given those
+before it in its window, in nats; perplexity is its exponential. Every window has the same number of scored
+tokens, so the mean over tokens is the mean over windows. `bits_per_byte` divides the same sum by the bytes
+of text those tokens stand for. The standard error treats windows as independent (delta method for the
+perplexity).
+
+Not covered: sliding windows with overlap, whose numbers are lower and do not compare with these.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from quantlab.evals.windows import PROTOCOL, batch_rows, load_windows
+from quantlab.models.load import Subject
+from quantlab.progress import Progress
+from quantlab.recipe import PerplexityOptions
+from quantlab.results import TaskResult
+
+POSITIONS_AT_ONCE = 512  # converted to float32 at a time, where logits come in half precision
+
+
+def evaluate(
+    subject: Subject, options: PerplexityOptions, *, baseline: Subject | None = None, progress: Progress
+) -> TaskResult:
+    """Metrics ppl, ppl_stderr, nll, bits_per_byte, tokens, bytes, protocol."""
+    windows = load_windows(subject, options.source, options.seq_len, options.max_tokens)
+    rows = batch_rows(subject.model, options.seq_len)
+    losses: list[float] = []
+    with progress.task("perplexity", total=len(windows.ids)) as advance, torch.inference_mode():
+        for batch in windows.ids.split(rows):
+            losses += window_nll(subject.model, batch.to(subject.device)).tolist()
+            advance(len(batch))
+    nll, error = mean_and_error(losses, options.seq_len - 1)
+    ppl = math.exp(nll) if nll < 700 else math.inf
+    return TaskResult(
+        "perplexity",
+        {
+            "ppl": ppl,
+            "ppl_stderr": ppl * error if error is not None else None,
+            "nll": nll,
+            "bits_per_byte": sum(losses) / math.log(2) / windows.scored_bytes
+            if windows.scored_bytes
+            else None,
+            "tokens": windows.scored_tokens,
+            "bytes": windows.scored_bytes,
+            "protocol": f"{PROTOCOL}-{options.seq_len}",
+        },
+        details={
+            "source": options.source,
+            "text_digest": windows.text_digest,
+            "seq_len": options.seq_len,
+            "windows": len(windows.ids),
+            "unknown_tokens": windows.unknown_tokens,
+        },
+    )
+
+
+def window_nll(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Sum of -log p of tokens 1… of each window, in nats: float64 [windows] for `ids` [windows, seq_len]."""
+    logits = model(input_ids=ids, use_cache=False).logits  # [windows, seq_len, vocabulary]
+    total = torch.zeros(len(ids), dtype=torch.float64)
+    for start in range(0, ids.shape[1] - 1, POSITIONS_AT_ONCE):
+        end = min(start + POSITIONS_AT_ONCE, ids.shape[1] - 1)
+        part = logits[:, start:end].float()
+        targets = ids[:, start + 1 : end + 1].to(part.device)
+        loss = functional.cross_entropy(
+            part.transpose(1, 2), targets, reduction="none"
+        )  # [windows, positions]
+        total += loss.double().sum(dim=1).cpu()
+    return total
+
+
+def mean_and_error(losses: list[float], tokens: int) -> tuple[float, float | None]:
+    """Mean loss a token over windows of `tokens` scored tokens, and its standard error (None for one window)."""
+    means = [loss / tokens for loss in losses]
+    mean = math.fsum(means) / len(means)
+    if len(means) < 2:
+        return mean, None
+    variance = math.fsum((value - mean) ** 2 for value in means) / (len(means) - 1)
+    return mean, math.sqrt(variance / len(means))

@@ -1,0 +1,148 @@
+"""Text2SQL accuracy: questions in, SQL out, executed against the gold on a database.
+
+EM (exact match after normalising) and EX (same result when executed) are kept apart, and so are the ways of
+failing: `ok, wrong, error, timeout, unparsed`. Only the first complete statement of an answer is judged;
+how many answers ended there of themselves is `stopped`, reported beside it. An item whose gold returns
+nothing says nothing about a prediction: it is left out of EX, whatever the prediction, and counted as
+`no_evidence`.
+
+Scoring needs no model: `score` takes outputs, wherever they come from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from quantlab.errors import DataError
+from quantlab.evals.statistics import wilson
+from quantlab.progress import Progress
+from quantlab.recipe import Text2SqlOptions
+from quantlab.results import VERDICTS, Sample, TaskResult
+from quantlab.sql.dataset import Item, digest, load_items
+from quantlab.sql.execution import Verdict, judge
+from quantlab.sql.extract import extract, rest_is_nothing
+from quantlab.sql.normalize import exact_match
+from quantlab.sql.prompt import build_prompt
+from quantlab.sql.sandbox import Sandbox
+
+RULES = (
+    "rows as a multiset, as a sequence (up to ties) only when the gold's outermost query sorts; "
+    "columns may be permuted, none dropped or added; "
+    "floats within 1e-6 relative; NULL equals only NULL; an empty gold result is no evidence"
+)
+
+
+def evaluate(
+    subject: Any, options: Text2SqlOptions, *, baseline: Any = None, progress: Progress
+) -> TaskResult:
+    """Generate and score. Metrics of `summarize`, one sample an item."""
+    items = load_items(options.data, options.limit)
+    need_databases(items)
+    from quantlab.evals.generation import generate
+
+    with progress.task("text2sql", total=len(items)) as advance:
+        generations = generate(
+            subject.model,
+            subject.tokenizer,
+            [build_prompt(item.context, item.question) for item in items],
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            device=subject.device,
+            stop_at_statement=options.stop == "statement",
+            advance=advance,
+        )
+    samples = score(items, [generation.text for generation in generations], progress=progress)
+    for sample, generation in zip(samples, generations, strict=True):
+        sample.extra["stopped"] = generation.ended and bool(sample.extra["stopped"])
+        sample.extra["truncated"] = generation.full
+        sample.extra["new_tokens"] = generation.tokens
+    return TaskResult(
+        "text2sql",
+        {**summarize(samples), "data_digest": digest(items)},
+        samples,
+        {
+            "data": options.data,
+            "rules": RULES,
+            "max_new_tokens": options.max_new_tokens,
+            "stop": options.stop,
+        },
+    )
+
+
+def score(
+    items: Sequence[Item], outputs: Sequence[str], *, progress: Progress, workers: int | None = None
+) -> list[Sample]:
+    """A sample for each item from what was written for it; needs no model."""
+    need_databases(items)
+    with Sandbox(workers=workers or min(2, os.cpu_count() or 1)) as sandbox:
+
+        def one(pair: tuple[Item, str]) -> Sample:
+            return score_one(sandbox, *pair)
+
+        samples = []
+        with progress.task("text2sql: execution", total=len(items)) as advance:
+            for sample in sandbox.map(one, list(zip(items, outputs, strict=True))):
+                samples.append(sample)
+                advance(1)
+    return samples
+
+
+def score_one(sandbox: Sandbox, item: Item, output: str) -> Sample:
+    """Extract, match and execute one answer."""
+    assert item.database is not None
+    found = extract(output)
+    verdict = judge(sandbox, item.database, item.golds, found.statement)
+    exact = bool(found.statement) and any(exact_match(found.statement, gold) for gold in item.golds)
+    if exact and not verdict.evidence and verdict.verdict == "error" and verdict.kind == "rows":
+        verdict = Verdict(
+            "ok", "not scored by execution: the gold returns no rows; same query", False, verdict.kind
+        )
+    extra: dict[str, Any] = {
+        "sql": found.statement,
+        "gold": item.answer,
+        "exact": exact,
+        "evidence": verdict.evidence,
+        "stopped": bool(found.statement) and rest_is_nothing(found.after),
+        "cut_before": found.before,
+        "cut_after": found.after,
+        "db_id": item.db_id,
+    }
+    extra |= {key: item.extra[key] for key in ("level", "kind") if key in item.extra}
+    return Sample(item.id, item.question, output, verdict.verdict, verdict.why, extra)
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, float | int | str | None]:
+    """em, ex with its Wilson interval, stopped, and the counts; shares are None where nothing was scored."""
+    scored = [sample for sample in samples if sample.extra["evidence"]]
+    right = sum(sample.verdict == "ok" for sample in scored)
+    low, high = wilson(right, len(scored))
+    counts = Counter(sample.verdict for sample in samples)
+    return {
+        "em": _share(sum(sample.extra["exact"] for sample in samples), len(samples)),
+        "ex": _share(right, len(scored)),
+        "ex_low": low if scored else None,
+        "ex_high": high if scored else None,
+        "stopped": _share(sum(sample.extra["stopped"] for sample in samples), len(samples)),
+        "items": len(samples),
+        "scored": len(scored),
+        "no_evidence": len(samples) - len(scored),
+        "truncated": sum(bool(sample.extra.get("truncated")) for sample in samples),
+        **{f"n_{verdict}": counts[verdict] for verdict in VERDICTS},
+    }
+
+
+def need_databases(items: Sequence[Item]) -> None:
+    """DataError where a row has no database to run on."""
+    for item in items:
+        if item.database is None:
+            raise DataError(
+                f"row {item.id} names no database, and execution needs one",
+                hint="add a 'database' column with the path of a SQLite file",
+            )
+
+
+def _share(count: int, total: int) -> float | None:
+    return count / total if total else None

@@ -1,0 +1,195 @@
+"""Text2SQL rows: `{db_id, context (DDL), question, answer (SQL)}` and what may stand beside them.
+
+The columns are those of the book's `shangrilar/ko_text2sql`. `database` names a SQLite file (relative to
+the JSONL file) that gold and prediction run on, `alternatives` are other accepted queries, `id` defaults to
+the row's number. The bundled training rows leave `context` out; it is filled from their domain's DDL.
+
+Sources: `ko_text2sql:test|dev|train` (bundled), a path or bundled name as in `quantlab.paths.find_source`,
+or `hf:owner/name[/config]:split` through the datasets library. Every complaint names the file and the line.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import DataError, MachineError
+from quantlab.paths import find_source
+
+_REQUIRED = ("db_id", "question", "answer")
+_KNOWN = frozenset({*_REQUIRED, "id", "context", "database", "alternatives"})
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `extra` holds the row's other columns (db, tables, level, kind, …)."""
+
+    id: str
+    db_id: str
+    context: str
+    question: str
+    answer: str
+    database: Path | None = None
+    alternatives: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        return (self.answer, *self.alternatives)
+
+
+def load_items(source: str, limit: int | None = None) -> list[Item]:
+    """The rows of `source`, at most `limit`; DataError for a row that lacks or garbles something."""
+    if source.startswith("hf:"):
+        rows, name, folder = _hub_rows(source, limit), source, None
+    else:
+        path = find_source(_bundled_name(source))
+        rows, name, folder = _file_rows(path, limit), str(path), path.parent
+    items = [parse_row(row, where, folder) for where, row in rows]
+    if not items:
+        raise DataError(f"{name}: no rows")
+    _check_ids(items, name)
+    return items
+
+
+def digest(items: Iterable[Item]) -> str:
+    """16 hexadecimal characters naming the questions, contexts, golds and databases, in this order."""
+    state = hashlib.sha256()
+    for item in items:
+        fields = [item.id, item.context, item.question, *item.golds, _database_digest(item.database)]
+        state.update(json.dumps(fields, ensure_ascii=True).encode() + b"\n")
+    return state.hexdigest()[:16]
+
+
+def parse_row(row: Any, where: str, folder: Path | None = None) -> Item:
+    """One row as an Item; `where` ("file:line") opens every complaint."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+    for name in _REQUIRED:
+        if name not in row:
+            raise DataError(f"{where}: no {name!r}", hint=f"the columns are {', '.join(row) or 'none'}")
+    for name in ("question", "answer"):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise DataError(f"{where}: {name!r} must be text that is not empty")
+    if not isinstance(row["db_id"], int | str):
+        raise DataError(f"{where}: 'db_id' must be a number or a name")
+    alternatives = row.get("alternatives") or ()
+    if not isinstance(alternatives, list | tuple) or not all(isinstance(sql, str) for sql in alternatives):
+        raise DataError(f"{where}: 'alternatives' must be a list of queries")
+    return Item(
+        id=str(row["id"] if row.get("id") is not None else where.rpartition(":")[2]),
+        db_id=str(row["db_id"]),
+        context=_context(row, where),
+        question=row["question"],
+        answer=row["answer"],
+        database=_database(row, where, folder),
+        alternatives=tuple(alternatives),
+        extra={key: value for key, value in row.items() if key not in _KNOWN},
+    )
+
+
+def _bundled_name(source: str) -> str:
+    """`ko_text2sql:test` is short for the bundled `ko_text2sql/test.jsonl`."""
+    name, colon, split = source.partition(":")
+    return f"{name}/{split}.jsonl" if name == "ko_text2sql" and colon else source
+
+
+def _context(row: Mapping[str, Any], where: str) -> str:
+    context = row.get("context")
+    if isinstance(context, str) and context.strip():
+        return context
+    if "db" not in row or "tables" not in row:
+        raise DataError(f"{where}: no 'context' (the DDL of the tables)")
+    try:
+        return _domain_ddl(str(row["db"]), tuple(row["tables"]))
+    except (KeyError, TypeError, ValueError, OSError, DataError) as error:
+        raise DataError(
+            f"{where}: no 'context', and none can be made from 'db' and 'tables': {error}"
+        ) from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _domain_ddl(name: str, tables: tuple[str, ...]) -> str:
+    return str(_domain(name).ddl(list(tables)))
+
+
+@functools.lru_cache(maxsize=64)
+def _domain(name: str) -> Any:
+    from quantlab.data.domains import load_domain
+
+    return load_domain(name)
+
+
+def _database(row: Mapping[str, Any], where: str, folder: Path | None) -> Path | None:
+    name = row.get("database")
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise DataError(f"{where}: 'database' must be the path of a SQLite file")
+    path = Path(name) if folder is None else folder / name
+    if not path.is_file():
+        raise DataError(f"{where}: no database {path}", hint="paths are relative to the file that names them")
+    return path
+
+
+@functools.lru_cache(maxsize=256)
+def _database_digest(path: Path | None) -> str:
+    if path is None:
+        return ""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _file_rows(path: Path, limit: int | None) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            for number, line in enumerate(stream, start=1):
+                if limit is not None and len(rows) >= limit:
+                    break
+                if line.strip():
+                    rows.append((f"{path}:{number}", json.loads(line)))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{number}: not JSON: {error.msg}") from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return rows
+
+
+def _hub_rows(source: str, limit: int | None) -> list[tuple[str, Any]]:
+    """Rows of a Hugging Face dataset, from the hub or its local cache."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MachineError(f"{source} needs the datasets library", hint="pip install datasets") from error
+    name, config, split = parse_hub(source)
+    try:
+        dataset = load_dataset(name, config, split=split)
+    except Exception as error:  # the hub's client raises from half a dozen libraries
+        raise DataError(
+            f"cannot load {source}: {error}", hint="form: hf:owner/name[/config]:split"
+        ) from error
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    return [(f"{source}:{number + 1}", dataset[number]) for number in range(count)]
+
+
+def parse_hub(source: str) -> tuple[str, str | None, str]:
+    """`hf:owner/name/config:split` → (owner/name, config or None, split, "train" when left out)."""
+    path, _, split = source.removeprefix("hf:").partition(":")
+    parts = path.split("/")
+    if not path or len(parts) > 3 or not all(parts):
+        raise DataError(f"not a dataset name: {source}", hint="form: hf:owner/name[/config]:split")
+    return "/".join(parts[:2]), (parts[2] if len(parts) == 3 else None), split or "train"
+
+
+def _check_ids(items: Sequence[Item], name: str) -> None:
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise DataError(f"{name}: two rows have the id {item.id!r}")
+        seen.add(item.id)

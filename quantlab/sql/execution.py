@@ -1,0 +1,97 @@
+"""Execution accuracy (EX): gold and prediction run on the same database, their results compared.
+
+`judge` gives one of the five verdicts. An item whose gold returns nothing (or does not run) carries no
+evidence whatever the prediction does: `evidence` is False, and the caller leaves it out of the share. That
+depends on the gold alone, so two models are always scored on the same items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantlab.sql.compare import compare
+from quantlab.sql.ordering import Group, order_plan, tie_groups
+from quantlab.sql.sandbox import Execution, Sandbox
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`verdict`: ok, wrong, error, timeout or unparsed. `evidence`: whether the item says anything about EX."""
+
+    verdict: str
+    why: str = ""
+    evidence: bool = True
+    kind: str = ""  # of the prediction's execution, see sandbox.Execution
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A gold query's result, and its tie groups when its order counts."""
+
+    execution: Execution
+    groups: list[Group] | None = None
+    sorted_by: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return self.execution.status == "rows" and len(self.execution.rows) > 0
+
+
+def run_gold(sandbox: Sandbox, database: Path, sql: str) -> Gold:
+    """Run a gold query, and its probe for ties where it sorts."""
+    execution = sandbox.run(database, sql, role="gold")
+    plan = order_plan(sql) if execution.status == "rows" else None
+    if plan is None:
+        return Gold(execution)
+    probed = sandbox.run(database, plan.probe, role="gold") if plan.probe else None
+    rows = probed.rows if probed is not None and probed.status == "rows" else None
+    return Gold(execution, tie_groups(plan, execution.rows, rows), plan.words)
+
+
+def judge(sandbox: Sandbox, database: Path, golds: Sequence[str], predicted: str) -> Verdict:
+    """The verdict on one prediction; any of `golds` may be met. An empty prediction is `unparsed`."""
+    return judge_against(sandbox, database, [run_gold(sandbox, database, sql) for sql in golds], predicted)
+
+
+def judge_against(sandbox: Sandbox, database: Path, golds: Sequence[Gold], predicted: str) -> Verdict:
+    """`judge` with the golds already run."""
+    usable = [gold for gold in golds if gold.usable]
+    evidence = bool(usable)
+    if not predicted.strip():
+        return Verdict("unparsed", "no SQL statement in the output", evidence)
+    execution = sandbox.run(database, predicted, role="prediction")
+    if execution.status == "timeout":
+        return Verdict("timeout", execution.reason, evidence, execution.kind)
+    if execution.kind == "too_many_rows" and usable:
+        why = f"{execution.reason}, against {len(usable[0].execution.rows)}"
+        return Verdict("wrong", why, evidence, execution.kind)
+    if execution.status == "error":
+        return Verdict("error", execution.reason, evidence, execution.kind)
+    if not usable:
+        return _without_evidence(golds, execution)
+    reasons = []
+    for gold in usable:
+        comparison = compare(
+            gold.execution.rows,
+            execution.rows,
+            gold_columns=gold.execution.columns,
+            predicted_columns=execution.columns,
+            groups=gold.groups,
+            sorted_by=gold.sorted_by,
+        )
+        if comparison.equal:
+            return Verdict("ok", comparison.reason, True, execution.kind)
+        reasons.append(comparison.reason)
+    return Verdict("wrong", reasons[0], True, execution.kind)
+
+
+def _without_evidence(golds: Sequence[Gold], execution: Execution) -> Verdict:
+    failed = next((gold.execution for gold in golds if gold.execution.status != "rows"), None)
+    if failed is not None:
+        return Verdict("error", f"not scored: the gold query fails: {failed.reason}", False, execution.kind)
+    if execution.rows:
+        rows = len(execution.rows)
+        return Verdict("wrong", f"not scored: {rows} rows where the gold has none", False, execution.kind)
+    return Verdict("error", "not scored: both results are empty, which is no evidence", False, execution.kind)
