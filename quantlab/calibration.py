@@ -24,7 +24,7 @@ SEPARATOR = "\n\n"
 
 def read_texts(source: str) -> list[str]:
     """The texts of a source: ``.jsonl`` with a ``text`` field, any other file as one text, or
-    ``hf:<dataset>/<config>:<split>``.
+    ``hf:<owner>/<dataset>[/<config>]:<split>``.
 
     Raises:
         DataError: missing, unreadable, empty, or a row without text, naming the row.
@@ -90,15 +90,22 @@ def _from_hub(source: str) -> list[str]:
     from datasets import load_dataset
 
     name, _, split = source.removeprefix("hf:").partition(":")
-    owner, *rest = name.split("/")
-    # hf:owner/dataset, hf:owner/dataset/config and hf:dataset/config are all in use; a config has no owner of its own.
-    dataset, config = (
-        (f"{owner}/{rest[0]}", rest[1]) if len(rest) > 1 else (owner, rest[0]) if rest else (owner, None)
-    )
-    try:
-        found = load_dataset(dataset, config, split=split or "train")
-    except Exception as error:  # the library raises a dozen kinds, all meaning: not to be had
-        raise DataError(f"cannot load {source}: {error}", hint="hf:<dataset>/<config>:<split>") from error
+    parts = name.split("/")
+    # Two parts are an owner and a dataset, or a dataset without an owner and its configuration.
+    readings = [("/".join(parts[:2]), "/".join(parts[2:]) or None)]
+    if len(parts) == 2:
+        readings.append((parts[0], parts[1]))
+    found, failure = None, None
+    for dataset, config in readings:
+        try:
+            found = load_dataset(dataset, config, split=split or "train")
+            break
+        except Exception as error:  # the library raises a dozen kinds, all meaning: not to be had
+            failure = failure or error
+    if found is None:
+        raise DataError(
+            f"cannot load {source}: {failure}", hint="form: hf:<owner>/<dataset>[/<config>]:<split>"
+        )
     if "text" not in found.column_names:
         raise DataError(f"{source} has no text column, only {', '.join(found.column_names)}")
     return [t for t in found["text"] if t and t.strip()]

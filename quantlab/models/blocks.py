@@ -105,6 +105,7 @@ class Opened:
         around = [(f"{parent}.{n}" if parent else n, m) for n, m in body.named_children() if n != leaf]
         for name, module in around:
             self.fill(module, name)
+            module.to(self.device)  # rotary tables and the like, which no file holds
         setattr(body, leaf, stubs)
         try:
             for row in rows:

@@ -72,9 +72,10 @@ def _attempt(
         scale = torch.ones_like(moments.magnitude)
         norm = block.norms.get(names[0])
         if names[0] in pairs:
-            tie = tie_heads(block.weights[pairs[names[0]]].shape[0], len(scale), block.head_dim)
+            rows = block.weights[pairs[names[0]]].shape[0]
+            tie = tie_heads(rows, len(scale), block.head_dim).to(scale.device)
             scale = search_scales(weights, moments.hessian, moments.magnitude, grid, steps=steps, tie=tie)
-            first = torch.zeros(int(tie.max()) + 1, dtype=torch.int64, device=tie.device)
+            first = torch.zeros(rows, dtype=torch.int64, device=tie.device)  # a column fed by each row
             first.scatter_(0, tie, torch.arange(len(tie), device=tie.device))
             divide[pairs[names[0]]] = scale[first]
         elif norm is not None and scale_search:
@@ -92,10 +93,10 @@ def _attempt(
             result.quantized[name] = solved
             effective = solved.dequantize() / scale * divide[name][:, None]
             result.loss[name] = layer_loss(block.weights[name], effective, moments.hessian).item()
-    for name, rows in divide.items():
-        if name in block.biases and not bool((rows == 1).all()):
+    for name, by in divide.items():
+        if name in block.biases and not bool((by == 1).all()):
             bias = block.biases[name]
-            result.replaced[f"{name}.bias"] = (bias.to(torch.float32) / rows).to(bias.dtype)
+            result.replaced[f"{name}.bias"] = (bias.to(torch.float32) / by).to(bias.dtype)
     return result
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quantlab.errors import DataError, MachineError, RecipeError
@@ -100,11 +101,9 @@ class CheckpointWriter:
         try:
             save_file(stored, beside, metadata={"format": "pt"})
             os.replace(beside, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             beside.unlink(missing_ok=True)
-            raise MachineError(
-                f"cannot write {path}: {error.strerror or error}", hint="is the disk full?"
-            ) from error
+            raise MachineError(f"cannot write {path}: {error}", hint="is the disk full?") from error
 
 
 def partial_path(out: Path) -> Path:
@@ -126,7 +125,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def claim(out: Path, *, resume: bool) -> None:
+def claim(out: Path) -> None:
     """Refuse an output directory that holds something this run did not make.
 
     Raises:

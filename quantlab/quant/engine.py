@@ -8,6 +8,7 @@ Memory: one block, its statistics, and one set of hidden states a stream.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,7 +30,8 @@ ROWS_AT_ONCE = 8  # calibration rows in one forward of a block
 
 @dataclass
 class Plan:
-    """One recipe as the engine needs it. ``options`` go to the method as keyword arguments."""
+    """One recipe as the engine needs it. ``options`` go to the method as keyword arguments; ``seconds`` counts the
+    time spent solving this plan alone, packing and writing included."""
 
     name: str
     method: str
@@ -38,6 +40,7 @@ class Plan:
     writer: CheckpointWriter
     options: Mapping[str, Any] = field(default_factory=dict)
     propagate: Literal["original", "quantized"] = "original"
+    seconds: float = 0.0
 
 
 @dataclass
@@ -112,6 +115,7 @@ def _solve(plan: Plan, index: int, block: nn.Module, seen: BlockView) -> None:
     """Solve one plan for one block and write the block's tensors."""
     if plan.writer.has_block(index):
         return
+    started = time.perf_counter()
     result: BlockResult = method(plan.method)(seen, plan.grid, **plan.options)
     pack = layout(plan.layout).pack
     tensors: dict[str, torch.Tensor] = {}
@@ -124,6 +128,7 @@ def _solve(plan: Plan, index: int, block: nn.Module, seen: BlockView) -> None:
         else:
             tensors[name] = result.replaced.get(name, parameter.detach())
     plan.writer.write_block(index, tensors, result.loss)
+    plan.seconds += time.perf_counter() - started
 
 
 def _pass_quantized(stream: Stream, index: int, block: nn.Module, call: Call) -> None:

@@ -6,12 +6,16 @@ Transformers", ICLR 2023, arXiv:2210.17323, Algorithm 1. For a layer ``y = W x``
 adds to the error is taken off the later columns along row j of the upper Cholesky factor of ``H^-1``.
 
 ``act_order`` takes the columns with the largest ``H_jj`` first (the paper's follow-up in its repository); groups
-are then runs of that order, and ``group_of`` says which column went where.
+are then runs of that order, and ``group_of`` says which column went where. ``act_order="group"`` keeps the groups
+where they are and orders whole groups, and the columns inside each: most of the gain, and a checkpoint that any
+kernel reads at full speed.
 
 Not covered: a fused kernel for the column loop.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 
@@ -25,7 +29,7 @@ def solve_gptq(
     grid: Grid,
     *,
     damp: float = 0.01,
-    act_order: bool = False,
+    act_order: bool | Literal["group"] = False,
     block: int = 128,
 ) -> Quantized:
     """Quantize one layer, or several of equal input stacked along their rows.
@@ -49,10 +53,8 @@ def solve_gptq(
     h[dead, dead] = 1.0
     w[:, dead] = 0.0
 
-    order = torch.arange(columns, device=w.device)
-    if act_order:
-        order = torch.argsort(torch.diagonal(h), descending=True, stable=True)
-        w, h = w[:, order], h[order][:, order]
+    order = column_order(torch.diagonal(h), width, act_order)
+    w, h = w[:, order], h[order][:, order]
     factor = inverse_factor(h, damp)  # [in, in], upper
 
     codes = torch.empty_like(w)
@@ -83,8 +85,28 @@ def solve_gptq(
         w[:, stop:] -= errors @ factor[start:stop, stop:]
 
     back = torch.argsort(order)
-    group_of = (torch.arange(columns, device=w.device) // width)[back]
+    group_of = torch.arange(columns, device=w.device) // width
+    if act_order == "group":  # the k-th group solved is one of the groups in place: put it back there
+        placed = torch.argsort(order[::width] // width)
+        scales, zeros = scales[:, placed], zeros[:, placed]
+    else:
+        group_of = group_of[back]
     return Quantized(codes[:, back].to(torch.uint8), scales, zeros.to(torch.int32), group_of)
+
+
+def column_order(
+    diagonal: torch.Tensor, width: int, act_order: bool | Literal["group"] = False
+) -> torch.Tensor:
+    """In which order columns are solved, int64 [in], from the Hessian's diagonal [in]; ``width`` columns a group."""
+    if act_order is False:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    if act_order is True:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    energy = diagonal.reshape(-1, width)  # [groups, group_size]
+    inside = torch.argsort(energy, dim=1, descending=True, stable=True)
+    inside += torch.arange(0, len(diagonal), width, device=diagonal.device)[:, None]
+    groups = torch.argsort(energy.amax(dim=1), descending=True, stable=True)
+    return inside[groups].reshape(-1)
 
 
 def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -108,7 +130,7 @@ def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
 
 
 def quantize_block(
-    block: BlockView, grid: Grid, *, damp: float = 0.01, act_order: bool = False
+    block: BlockView, grid: Grid, *, damp: float = 0.01, act_order: bool | Literal["group"] = False
 ) -> BlockResult:
     """Every linear of a block; layers of equal input are solved as one matrix."""
     result = BlockResult()

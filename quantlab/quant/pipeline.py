@@ -53,8 +53,8 @@ class Outcome:
     loss: dict[str, float] = field(default_factory=dict)
 
 
-def check(recipe: QuantizeRecipe, model: str) -> None:
-    """Refuse, from file headers alone, what cannot work.
+def check(recipe: QuantizeRecipe, model: str, out: Path | None = None) -> None:
+    """Refuse, from file headers alone, what cannot work. ``out`` is where the checkpoint would go.
 
     Raises:
         RecipeError: a layer does not fit the recipe; names the layer, its inputs and the group sizes that work.
@@ -63,6 +63,8 @@ def check(recipe: QuantizeRecipe, model: str) -> None:
     files = open_files(model)
     if recipe.method == "none":
         return
+    if out is not None:
+        _check_disk(recipe, out, files)
     if files.quantized is not None:
         kind = files.quantized.get("quant_method", "some method")
         raise DataError(f"{model} is already quantized ({kind})", hint="give the original model")
@@ -109,10 +111,9 @@ def quantize(
 
     files = open_files(model)
     for job in jobs:
-        check(job.recipe, model)
+        check(job.recipe, model, job.out)
         if job.recipe.method != "none":
-            claim(job.out, resume=resume)
-            _check_disk(job, files)
+            claim(job.out)
     place = pick_device(device)
     outcomes: dict[int, Outcome] = {}
     groups: dict[str, list[int]] = {}
@@ -142,12 +143,12 @@ def _group_key(recipe: QuantizeRecipe) -> str:
     return f"{recipe.calibration.model_dump_json()}, {recipe.dtype}"
 
 
-def _check_disk(job: Job, files: ModelFiles) -> None:
-    folder = next(p for p in [job.out, *job.out.absolute().parents] if p.exists())
-    free, needed = shutil.disk_usage(folder).free, expected_bytes(job.recipe, files) + HEADROOM
+def _check_disk(recipe: QuantizeRecipe, out: Path, files: ModelFiles) -> None:
+    folder = next(p for p in [out, *out.absolute().parents] if p.exists())
+    free, needed = shutil.disk_usage(folder).free, expected_bytes(recipe, files) + HEADROOM
     if free < needed:
         raise MachineError(
-            f"{job.name} needs about {needed / 1e9:.2f} GB of disk in {folder}, {free / 1e9:.2f} GB are free",
+            f"{out} needs about {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free",
             hint="free some space, or name another --out",
         )
 
@@ -155,6 +156,8 @@ def _check_disk(job: Job, files: ModelFiles) -> None:
 def _bitsandbytes(
     job: Job, files: ModelFiles, device: str, progress: Progress, trust_remote_code: bool
 ) -> Outcome:
+    from safetensors import SafetensorError
+
     from quantlab.models.blocks import dtype_of
     from quantlab.quant.bnb import quantize_bnb
     from quantlab.quant.checkpoint import copy_tokenizer, partial_path
@@ -178,10 +181,8 @@ def _bitsandbytes(
             raise MachineError(
                 f"bitsandbytes cannot be used: {error}", hint="pip install bitsandbytes"
             ) from error
-        except OSError as error:
-            raise MachineError(
-                f"cannot write {work}: {error.strerror or error}", hint="is the disk full?"
-            ) from error
+        except (OSError, SafetensorError) as error:
+            raise MachineError(f"cannot write {work}: {error}", hint="is the disk full?") from error
         copy_tokenizer(files.path, work)
         seconds = time.perf_counter() - started
         record = _record(job, files, {}, seconds)
@@ -222,8 +223,9 @@ def _solve(
     except ValueError as error:  # a solver refuses its statistics
         raise DataError(f"{files.name}: {error}") from error
     outcomes = []
-    seconds = time.perf_counter() - started
+    common = time.perf_counter() - started - sum(plan.seconds for plan in plans)
     for job, plan in zip(jobs, plans, strict=True):
+        seconds = common + plan.seconds  # about what this recipe alone would have taken
         shared = len(sharing) > 1 and job.name in sharing
         record = _record(job, files, calibration, seconds) | {"shared_calibration": shared}
         record["loss"] = dict(sorted(plan.writer.losses.items()))
@@ -301,7 +303,7 @@ def _finish(plan: Plan, job: Job, files: ModelFiles, opened: Any, record: Mappin
         bits=recipe.bits,
         group_size=recipe.group_size,
         symmetric=recipe.symmetric,
-        act_order=recipe.act_order,
+        act_order=recipe.act_order is True,
         damp=recipe.damp,
         quantizer=f"quantlab:{__version__}",
     )

@@ -44,12 +44,17 @@ class Item:
 
 
 def load_items(source: str, limit: int | None = None) -> list[Item]:
-    """The rows of `source`, at most `limit`; DataError for a row that lacks or garbles something."""
+    """The rows of `source`; DataError for a row that lacks or garbles something.
+
+    A `limit` takes that many rows at even distances, not the first ones: files are often sorted by database.
+    """
     if source.startswith("hf:"):
-        rows, name, folder = _hub_rows(source, limit), source, None
+        rows, name, folder = _hub_rows(source), source, None
     else:
         path = find_source(_bundled_name(source))
-        rows, name, folder = _file_rows(path, limit), str(path), path.parent
+        rows, name, folder = _file_rows(path), str(path), path.parent
+    if limit is not None and limit < len(rows):
+        rows = [rows[i * len(rows) // limit] for i in range(limit)]
     items = [parse_row(row, where, folder) for where, row in rows]
     if not items:
         raise DataError(f"{name}: no rows")
@@ -145,13 +150,11 @@ def _database_digest(path: Path | None) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _file_rows(path: Path, limit: int | None) -> list[tuple[str, Any]]:
+def _file_rows(path: Path) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     try:
         with path.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, start=1):
-                if limit is not None and len(rows) >= limit:
-                    break
                 if line.strip():
                     rows.append((f"{path}:{number}", json.loads(line)))
     except json.JSONDecodeError as error:
@@ -161,7 +164,7 @@ def _file_rows(path: Path, limit: int | None) -> list[tuple[str, Any]]:
     return rows
 
 
-def _hub_rows(source: str, limit: int | None) -> list[tuple[str, Any]]:
+def _hub_rows(source: str) -> list[tuple[str, Any]]:
     """Rows of a Hugging Face dataset, from the hub or its local cache."""
     try:
         from datasets import load_dataset
@@ -174,8 +177,7 @@ def _hub_rows(source: str, limit: int | None) -> list[tuple[str, Any]]:
         raise DataError(
             f"cannot load {source}: {error}", hint="form: hf:owner/name[/config]:split"
         ) from error
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    return [(f"{source}:{number + 1}", dataset[number]) for number in range(count)]
+    return [(f"{source}:{number}", row) for number, row in enumerate(dataset, start=1)]
 
 
 def parse_hub(source: str) -> tuple[str, str | None, str]:

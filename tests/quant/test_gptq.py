@@ -1,11 +1,12 @@
 """The GPTQ solver against the paper's algorithm written naively, against brute force, and at its edges."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
-from quantlab.quant.gptq import inverse_factor, solve_gptq
+from quantlab.quant.gptq import column_order, inverse_factor, solve_gptq
 from quantlab.quant.grid import Grid, decode, encode, fit, layer_loss, round_to_grid
 
 
@@ -48,9 +49,9 @@ def test_equals_the_naive_algorithm(width: int, symmetric: bool) -> None:
     assert layer_loss(weight, ours, hessian) <= 1.02 * layer_loss(weight, theirs, hessian)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order", [False, True, "group"])
 @pytest.mark.parametrize("group_size", [16, 64, -1])
-def test_beats_rounding(group_size: int, act_order: bool) -> None:
+def test_beats_rounding(group_size: int, act_order: Any) -> None:
     weight, hessian = problem(seed=3)
     grid = Grid(3, group_size, True)
     rounded = layer_loss(weight, round_to_grid(weight, grid).dequantize(), hessian)
@@ -86,6 +87,23 @@ def test_act_order_groups_follow_the_order() -> None:
     quantized = solve_gptq(weight, hessian, Grid(4, 16, True), act_order=True)
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
     assert torch.equal(quantized.group_of[order], torch.arange(64) // 16)
+
+
+def test_group_order_leaves_groups_in_place() -> None:
+    weight, hessian = problem()
+    quantized = solve_gptq(weight, hessian, Grid(4, 16, True), act_order="group")
+    assert torch.equal(quantized.group_of, torch.arange(64) // 16)
+    # The first group solved has seen no correction: its scales are those of the weights as they were.
+    first = int(column_order(torch.diagonal(hessian), 16, "group")[0]) // 16
+    scale, _ = fit(weight[:, first * 16 : first * 16 + 16], Grid(4, 16, True))
+    assert torch.equal(quantized.scales[:, first], scale)
+
+
+def test_orders_are_permutations_by_energy() -> None:
+    diagonal = torch.tensor([1.0, 5.0, 2.0, 9.0, 3.0, 4.0])
+    assert column_order(diagonal, 2).tolist() == [0, 1, 2, 3, 4, 5]
+    assert column_order(diagonal, 2, True).tolist() == [3, 1, 5, 4, 2, 0]
+    assert column_order(diagonal, 2, "group").tolist() == [3, 2, 1, 0, 5, 4]
 
 
 def test_dead_channels_cost_nothing() -> None:

@@ -4,7 +4,8 @@ kill, and costs one calibration pass for several recipes."""
 from __future__ import annotations
 
 import json
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,14 +217,56 @@ def test_empty_and_short_calibration(tiny: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "q").exists()
 
 
-def test_a_full_disk_is_said_before_work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from collections import namedtuple
+def test_a_disk_too_small_is_said_before_work(tmp_path: Path) -> None:
+    """A real (sparse) model file larger than any disk here: one terabyte of which no block is allocated."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    side = 2**18
+    entries = {
+        f"model.layers.{i}.mlp.up_proj.weight": {
+            "dtype": "BF16",
+            "shape": [side, side],
+            "data_offsets": [2 * i * side**2, 2 * (i + 1) * side**2],
+        }
+        for i in range(80)
+    }
+    header = json.dumps(entries).encode()
+    with (model / "model.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + 160 * side**2)
+    with pytest.raises(MachineError, match="GB of disk"):
+        run(model, tmp_path, {"q": recipe("rtn", group_size=32)})
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(MachineError, match="of disk"):
-        run(tiny, tmp_path, {"q": recipe("rtn", group_size=32)})
-    assert list(tmp_path.iterdir()) == []
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from quantlab.errors import MachineError
+from quantlab.progress import Silent
+from quantlab.quant.pipeline import Job, quantize
+from quantlab.recipe import QuantizeRecipe
+method, model, out = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+recipe = QuantizeRecipe.model_validate({"method": method})
+try:
+    quantize([Job("q", recipe, Path(out))], model, device="cpu", progress=Silent())
+except MachineError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("method", ["rtn", "bnb-nf4"])
+def test_a_write_that_fails_leaves_no_checkpoint(tiny: Path, tmp_path: Path, method: str) -> None:
+    """The kernel itself refuses to let any file grow beyond 20 kB."""
+    out = tmp_path / "q"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, method, str(tiny), str(out)], capture_output=True, text=True
+    )
+    assert "refused: cannot write" in done.stdout, done.stdout + done.stderr[-1500:]
+    assert not out.exists()
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:

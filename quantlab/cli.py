@@ -1,0 +1,212 @@
+"""The command line: the verbs and their options, nothing else.
+
+Each verb imports what it runs when it runs, so `--help` and every usage error answer at once. Typer's rich help
+is off (`rich_markup_mode=None`): importing it would double the time of `--help`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="quantlab",
+    help="Make language models small, and prove what that cost.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="One machine-readable summary on stdout, all else on stderr.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Results = Annotated[Path, typer.Option("--results", help="Where runs and the leaderboard are kept.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe (repeatable)."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on where an earlier run stopped; skip what is done.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from quantlab import __version__
+
+        typer.echo(f"quantlab {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("results/demo"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The whole story on the embedded model: ten ways of storing it, measured and ranked. Offline, CPU, minutes."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.demo import run
+
+        run(out, as_json=as_json)
+
+
+@app.command()
+def quantize(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Recipe files, or bundled names.")
+    ],
+    model: Annotated[str, typer.Option("--model", help="Hugging Face id, directory, or embedded:base.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The checkpoint's directory; with several recipes each goes to OUT/<recipe>."
+        ),
+    ] = None,
+    results: Results = Path("results"),
+    overrides: Sets = None,
+    device: Device = "auto",
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Write the checkpoint; no run, no row.")] = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model by one or more recipes, measure the saved checkpoints, and rank them."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.quantize import Options, run
+
+        run(
+            recipes,
+            Options(
+                model=model,
+                out=out,
+                results=results,
+                overrides=tuple(overrides or ()),
+                device=device,
+                evaluate=not no_eval,
+                resume=resume,
+                dry_run=dry_run,
+                trust_remote_code=trust_remote_code,
+            ),
+            as_json=as_json,
+        )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hugging Face id, directory, or embedded:base.")
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="TASK", help="perplexity, text2sql, fidelity, speed, lm-eval:<name>."),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", help="The model to compare with: fidelity, ratio, lost and gained."),
+    ] = None,
+    results: Results = Path("results"),
+    overrides: Sets = None,
+    device: Device = "auto",
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model or a checkpoint as it is stored, and add it to the leaderboard."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.evaluate import Options, run
+
+        run(
+            model,
+            Options(
+                tasks=tuple(tasks or ()),
+                baseline=baseline,
+                results=results,
+                overrides=tuple(overrides or ()),
+                device=device,
+                resume=resume,
+                dry_run=dry_run,
+                trust_remote_code=trust_remote_code,
+            ),
+            as_json=as_json,
+        )
+
+
+@app.command()
+def leaderboard(
+    results: Results = Path("results"),
+    sort: Annotated[str | None, typer.Option("--sort", metavar="COL", help="Column to rank by.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write the table here as CSV too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a self-contained page with plots.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rebuild the leaderboard from every finished run and show it."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.leaderboard import run
+
+        run(results, sort=sort, csv=csv, html=html, as_json=as_json)
+
+
+@app.command()
+def recipes(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema, for editors.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The bundled recipes, a line each."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.recipes import run
+
+        run(schema=schema, as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """What this machine can run, and why not."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.doctor import run
+
+        run(as_json=as_json)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,128 @@
+"""`quantlab evaluate`: measure a model or checkpoint as it is stored, with or without a baseline to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantlab.commands.guard import print_json, stdout_is_stderr
+from quantlab.commands.measure import Bench
+from quantlab.commands.quantize import check_device, show
+from quantlab.commands.work import (
+    COMPARED,
+    Work,
+    find_baseline,
+    plan_work,
+    provenance,
+    refuse_existing,
+    start_run,
+    stored_as,
+)
+from quantlab.errors import RecipeError
+from quantlab.models.files import open_files
+from quantlab.progress import Progress, default_progress
+from quantlab.recipe import EvaluateRecipe, parse_recipe
+from quantlab.results import Run, rebuild_leaderboard
+
+DEFAULT_TASKS = ("perplexity", "text2sql", "speed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, parsed."""
+
+    tasks: tuple[str, ...] = ()
+    baseline: str | None = None
+    results: Path = Path("results")
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    resume: bool = False
+    dry_run: bool = False
+    trust_remote_code: bool = False
+
+
+def run(model: str, options: Options, *, as_json: bool = False) -> None:
+    """The verb."""
+    with stdout_is_stderr():
+        summary = evaluate(model, options, default_progress())
+    if as_json:
+        print_json(summary)
+    else:
+        show(summary, as_json=False)
+
+
+def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]:
+    """Everything between the command line and its last line; returns the summary."""
+    check_device(options.device)
+    tasks = options.tasks or (*DEFAULT_TASKS, *(("fidelity",) if options.baseline else ()))
+    recipe = _recipe(tasks, options.overrides)
+    if "fidelity" in recipe.evaluate and options.baseline is None:
+        parent = provenance(Path(model)).get("parent") or "MODEL"
+        raise RecipeError(
+            "--task fidelity compares with the unquantized model", hint=f"add --baseline {parent}"
+        )
+    target = _work(model, recipe, options)
+    found = target.existing()
+    if found is not None and not options.resume:
+        refuse_existing(target, found)
+    baseline, works = _baseline(target, options)
+    works.append(target)
+    if options.dry_run:
+        plan = [
+            {"recipe": w.model, "steps": list(w.recipe.evaluate), "run_id": w.run_id, "checkpoint": None}
+            for w in works
+        ]
+        return {"status": "dry-run", "model": model, "plan": plan}
+    bench = Bench(options.device, options.trust_remote_code, progress)
+    for work in works:
+        found = work.existing()
+        if found is None or not found.done:
+            found = found or start_run(work)
+            bench.measure(work, found, work.model, baseline, options.baseline if work is target else None)
+        else:
+            progress.note(f"{work.model}: measured already, run {work.run_id}")
+        if work is not target:
+            baseline = found
+    rows = rebuild_leaderboard(options.results)
+    shown = {target.run_id} | ({baseline.run_id} if baseline else set())
+    return {
+        "status": "done",
+        "model": model,
+        "rows": [row for row in rows if row["run_id"] in shown],
+        "leaderboard": str(options.results / "leaderboard.csv"),
+        "checkpoints": {},
+    }
+
+
+def _recipe(tasks: tuple[str, ...], overrides: tuple[str, ...]) -> EvaluateRecipe:
+    text = yaml.safe_dump({"kind": "evaluate", "evaluate": list(tasks)})
+    recipe = parse_recipe(text, "--task", overrides)
+    if not isinstance(recipe, EvaluateRecipe):
+        raise RecipeError("--set kind: an evaluation stays an evaluation")
+    return recipe
+
+
+def _baseline(target: Work, options: Options) -> tuple[Run | None, list[Work]]:
+    """The baseline's finished run, or else the work that makes one; neither when nothing is compared."""
+    compared = [task for task in target.recipe.evaluate if task in COMPARED]
+    if options.baseline is None or not compared:
+        return None, []
+    found = find_baseline(target, open_files(options.baseline).digest)
+    if found is not None:
+        return found, []
+    recipe = target.recipe.model_copy(update={"evaluate": compared})
+    assert isinstance(recipe, EvaluateRecipe)
+    return None, [_work(options.baseline, recipe, options)]
+
+
+def _work(model: str, recipe: EvaluateRecipe, options: Options) -> Work:
+    files = open_files(model)
+    work = plan_work("evaluate", recipe, model, files, options.results)
+    work.row.update(stored_as(files), parent=options.baseline if options.baseline != model else None)
+    made = provenance(files.path)
+    if made:
+        work.row.update(parent=work.row["parent"] or made.get("parent"), work_seconds=made.get("seconds"))
+    return work

@@ -1,0 +1,129 @@
+"""Measuring what is stored: the tasks one by one on a model reloaded from disk, then the baseline comparison."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantlab.commands.work import Work
+from quantlab.evals import NEEDS_BASELINE, run_task
+from quantlab.progress import Progress
+from quantlab.recipe import QuantizeRecipe
+from quantlab.results import Run, flips, verdicts
+
+if TYPE_CHECKING:
+    from quantlab.models.load import Subject
+
+
+class Bench:
+    """Where models are measured: the device, the progress, and the baseline model kept loaded between runs."""
+
+    def __init__(self, device: str, trust_remote_code: bool, progress: Progress) -> None:
+        self.device = device
+        self.trust_remote_code = trust_remote_code
+        self.progress = progress
+        self._kept: tuple[tuple[str, str], Subject] | None = None
+
+    def load(self, ref: str | Path, dtype: str) -> Subject:
+        from quantlab.models.load import load_subject
+
+        return load_subject(ref, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code)
+
+    def baseline(self, ref: str, dtype: str) -> Subject:
+        """The baseline model, loaded once."""
+        if self._kept is None or self._kept[0] != (ref, dtype):
+            self._kept = None
+            self._kept = ((ref, dtype), self.load(ref, dtype))
+        return self._kept[1]
+
+    def release(self) -> None:
+        """Let go of the baseline model."""
+        self._kept = None
+        free_memory()
+
+    def measure(
+        self, work: Work, run: Run, ref: str | Path, baseline: Run | None, baseline_ref: str | None
+    ) -> None:
+        """Run the tasks that `run` does not have yet on the model as stored at `ref`, then close the run."""
+        recipe, own_baseline = work.recipe, baseline_ref is None
+        if work.is_baseline:
+            subject = self.baseline(work.model, recipe.dtype)
+        else:  # a checkpoint says itself in which type it computes
+            subject = self.load(ref, "auto" if isinstance(recipe, QuantizeRecipe) else recipe.dtype)
+        run.row.update(
+            params=work.row.get("params") or subject.params,
+            size_bytes=subject.size_bytes,
+            device=device_name(subject.device),
+        )
+        run.row["bits_per_weight"] = 8 * subject.size_bytes / run.row["params"]
+        run.record["environment"] = environment()
+        run.record["data"] = dict(work.data)
+        for task in sorted(recipe.evaluate, key=lambda task: task != "speed"):
+            if task in run.record["tasks"] or (task in NEEDS_BASELINE and own_baseline):
+                continue
+            if task == "speed" and not work.is_baseline:
+                self.release()  # peak memory is the measured model's alone
+            reference = (
+                self.baseline(baseline_ref, recipe.dtype) if task in NEEDS_BASELINE and baseline_ref else None
+            )
+            started = time.perf_counter()
+            with self.progress.task(f"{work.name}: {task}"):
+                result = run_task(
+                    task, subject, recipe.tasks.of(task), baseline=reference, progress=self.progress
+                )
+            run.add(result)
+            seconds = round(time.perf_counter() - started, 3)
+            run.log("measured", task=task, seconds=seconds, metrics=result.metrics)
+        if baseline is not None:
+            run.row.update(compare(run, baseline))
+        run.finish()
+        del subject
+        free_memory()
+
+
+def compare(run: Run, baseline: Run) -> dict[str, Any]:
+    """ppl_ratio, and the items lost and gained against the baseline."""
+    found: dict[str, Any] = {"parent": baseline.run_id}
+    mine, other = run.row.get("ppl"), baseline.row.get("ppl")
+    if mine and other:
+        found["ppl_ratio"] = mine / other
+    before, after = verdicts(baseline), verdicts(run)
+    if before and after:
+        found["lost"], found["gained"] = flips(before, after)
+    return found
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return device
+
+
+def environment() -> dict[str, Any]:
+    """Versions that decide numbers, and the machine's kind."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+    }
+    for package in ("torch", "transformers", "gptqmodel", "bitsandbytes", "sqlglot", "lm-eval", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def free_memory() -> None:
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

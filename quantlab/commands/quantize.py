@@ -1,0 +1,301 @@
+"""`quantlab quantize`: recipes → checkpoints → measurements of what was saved → leaderboard.
+
+Everything that can be refused is refused before anything heavy is imported: recipes, data, the model's files, the shape
+of its layers, the output directories. Then one call quantizes by all recipes (sharing the calibration pass), and each
+checkpoint is reloaded from disk and measured. The untouched model is the baseline; it is measured once, as a run
+of its own (the `none` recipe among those given, an earlier run, or one that is added here).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantlab.commands.guard import print_json, stdout_is_stderr
+from quantlab.commands.measure import Bench
+from quantlab.commands.work import (
+    COMPARED,
+    Work,
+    find_baseline,
+    plan_work,
+    provenance,
+    refuse_existing,
+    serves_as_baseline,
+    start_run,
+    stored_as,
+)
+from quantlab.errors import RecipeError
+from quantlab.evals import NEEDS_BASELINE
+from quantlab.models.files import ModelFiles, open_files
+from quantlab.paths import slug
+from quantlab.progress import Progress, default_progress
+from quantlab.quant.pipeline import Job, Outcome, check, quantize
+from quantlab.recipe import QuantizeRecipe, Recipe, find_recipe, load_recipe, usable
+from quantlab.report.model_card import write_model_card
+from quantlab.results import Run, rebuild_leaderboard
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, parsed."""
+
+    model: str
+    out: Path | None = None
+    results: Path = Path("results")
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    evaluate: bool = True
+    resume: bool = False
+    dry_run: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Item:
+    """One recipe on its way: where its checkpoint goes, its run, and what is left to do."""
+
+    work: Work
+    out: Path | None  # None: the model itself
+    solve: bool = True
+    measure: bool = True
+    outcome: Outcome | None = None
+
+    @property
+    def recipe(self) -> QuantizeRecipe:
+        assert isinstance(self.work.recipe, QuantizeRecipe)
+        return self.work.recipe
+
+
+def run(names: Sequence[str], options: Options, *, as_json: bool = False) -> None:
+    """The verb: do the work, then print the ranked table (or one JSON document) on stdout."""
+    recipes = load_recipes(names, options.overrides)
+    with stdout_is_stderr():
+        summary = quantize_and_measure(recipes, options, default_progress())
+    show(summary, as_json=as_json)
+
+
+def show(summary: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(summary)
+        return
+    if summary["status"] == "dry-run":
+        for item in summary["plan"]:
+            print(f"{item['recipe']}: {', '.join(item['steps']) or 'nothing left to do'}; run {item['run_id']}"
+                  + (f"; checkpoint {item['checkpoint']}" if item["checkpoint"] else ""))  # fmt: skip
+        return
+    if summary["rows"]:
+        from quantlab.report.leaderboard import print_table
+
+        print_table(summary["rows"])
+    for name, path in summary["checkpoints"].items():
+        print(f"checkpoint of {name}: {path}")
+    if summary["leaderboard"]:
+        print(f"leaderboard: {summary['leaderboard']}")
+
+
+def load_recipes(names: Sequence[str], overrides: Sequence[str]) -> list[tuple[str, QuantizeRecipe]]:
+    """The recipes with the overrides. Of several recipes, those whose method has no use for a key go without it, as
+    long as one has: `--set calibration.rows=64` may be said of `rtn-int4 gptq-int4`."""
+    paths = [find_recipe(name) for name in names]
+    plain = [_only_quantize(path, load_recipe(path)) for path in paths]
+    if any(override.startswith("method=") for override in overrides):
+        return [(n, _only_quantize(p, load_recipe(p, overrides))) for n, p in zip(names, paths, strict=True)]
+    found = []
+    for name, path, recipe in zip(names, paths, plain, strict=True):
+        mine = [
+            o for o in overrides if usable(o, recipe.method) or not any(usable(o, r.method) for r in plain)
+        ]
+        found.append((name, _only_quantize(path, load_recipe(path, mine))))
+    return found
+
+
+def _only_quantize(path: Path, recipe: Recipe) -> QuantizeRecipe:
+    if not isinstance(recipe, QuantizeRecipe):
+        raise RecipeError(f"{path}: kind: {recipe.kind} is not for `quantlab quantize`")
+    return recipe
+
+
+def quantize_and_measure(
+    recipes: Sequence[tuple[str, QuantizeRecipe]], options: Options, progress: Progress
+) -> dict[str, Any]:
+    """Everything between the command line and its last line; returns the summary."""
+    check_device(options.device)
+    files = open_files(options.model)
+    for _, recipe in recipes:
+        check(recipe, options.model)  # a misfit is the first thing to know, before what is in the way
+    items = plan_items(recipes, options, files)
+    for item in items:
+        if item.solve and item.out is not None:
+            check(item.recipe, options.model, item.out)
+    if options.dry_run:
+        return {"status": "dry-run", "model": options.model, "plan": [_steps(item) for item in items]}
+    _solve(items, options, progress)
+    rows, board = _measure(items, options, progress) if options.evaluate else ([], None)
+    for item in items:
+        if item.out is not None:
+            write_model_card(item.out, next((r for r in rows if r["run_id"] == item.work.run_id), None))
+    return {
+        "status": "done",
+        "model": options.model,
+        "rows": rows,
+        "leaderboard": str(board) if board else None,
+        "checkpoints": {item.work.name: str(item.out) for item in items if item.out is not None},
+        "shared_calibration": [i.work.name for i in items if i.outcome and i.outcome.shared_calibration],
+        "skipped": [i.work.name for i in items if not i.solve and not i.measure],
+    }
+
+
+def check_device(device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise RecipeError(f"--device {device}: expected auto, cpu, cuda, or cuda:<number>")
+
+
+def plan_items(
+    recipes: Sequence[tuple[str, QuantizeRecipe]], options: Options, files: ModelFiles
+) -> list[Item]:
+    """Names, run ids and directories of every recipe, refused where something is in the way; baseline runs first."""
+    items: list[Item] = []
+    labels: set[str] = set()
+    for number, (name, recipe) in enumerate(recipes):
+        if any(recipe.digest() == earlier.digest() for _, earlier in recipes[:number]):
+            raise RecipeError(f"{name}: this recipe is given twice")
+        label = Path(name).stem
+        if options.overrides or label in labels:
+            label = f"{label}-{recipe.digest()[:6]}"
+        labels.add(label)
+        items.append(_item(label, recipe, options, files, alone=len(recipes) == 1))
+    if options.evaluate:
+        for item in list(items):
+            if not item.work.is_baseline and set(COMPARED) & set(item.recipe.evaluate):
+                items = _with_baseline(item, items, options, files)
+    return sorted(items, key=lambda item: not item.work.is_baseline)
+
+
+def _item(label: str, recipe: QuantizeRecipe, options: Options, files: ModelFiles, *, alone: bool) -> Item:
+    work = plan_work(label, recipe, options.model, files, options.results)
+    plain = recipe.method == "none"
+    work.row["params"] = files.params if files.quantized is None else None
+    if plain:
+        work.row.update(stored_as(files), parent=provenance(files.path).get("parent"))
+    else:
+        work.row.update(
+            stage="quantized",
+            parent=options.model,
+            method=recipe.method,
+            bits=recipe.bits,
+            group_size=recipe.group_size,
+            format=recipe.format,
+        )
+    folder = (
+        options.out
+        if alone and options.out
+        else (options.out or Path("checkpoints") / slug(options.model)) / label
+    )
+    item = Item(work, None if plain else folder, solve=not plain, measure=options.evaluate)
+    _settle(item, options)
+    return item
+
+
+def _settle(item: Item, options: Options) -> None:
+    """Decide what is left to do for an item, and refuse what is in its way."""
+    out, work = item.out, item.work
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        made = provenance(out)
+        if not options.resume:
+            goes_on = "--resume goes on; " if made else ""
+            raise RecipeError(f"{out} already holds something", hint=f"{goes_on}--out writes elsewhere")
+        if (made.get("recipe_digest"), made.get("parent_digest")) != (
+            work.row["recipe_digest"],
+            work.files.digest,
+        ):
+            raise RecipeError(
+                f"{out} holds something that this recipe and model did not make",
+                hint="--out writes elsewhere",
+            )
+        item.solve = False
+    found = work.existing() if options.evaluate else None
+    if found is None:
+        return
+    if not options.resume and not work.is_baseline:  # the untouched model's run is reused, not refused
+        refuse_existing(work, found)
+    item.measure = not found.done or item.solve  # a checkpoint made anew is measured anew
+
+
+def _with_baseline(item: Item, items: list[Item], options: Options, files: ModelFiles) -> list[Item]:
+    """Make sure that a baseline run for `item` is among the items, or finished already."""
+    if any(other.work.is_baseline and serves_as_baseline(other.recipe, item.recipe) for other in items):
+        return items
+    if find_baseline(item.work, files.digest):
+        return items
+    recipe = QuantizeRecipe(
+        method="none", dtype=item.recipe.dtype, evaluate=item.recipe.evaluate, tasks=item.recipe.tasks
+    )
+    return [*items, _item("none", recipe, options, files, alone=False)]
+
+
+def _solve(items: Sequence[Item], options: Options, progress: Progress) -> None:
+    todo = [item for item in items if item.solve and item.out is not None]
+    if not todo:
+        return
+    jobs = [Job(item.work.name, item.recipe, item.out) for item in todo if item.out is not None]
+    with progress.task("quantizing"):
+        outcomes = quantize(
+            jobs,
+            options.model,
+            device=options.device,
+            progress=progress,
+            resume=options.resume,
+            trust_remote_code=options.trust_remote_code,
+        )
+    for item, outcome in zip(todo, outcomes, strict=True):
+        item.outcome = outcome
+
+
+def _measure(
+    items: Sequence[Item], options: Options, progress: Progress
+) -> tuple[list[dict[str, Any]], Path]:
+    """Measure what is left, rebuild the leaderboard after every run; returns the rows of these runs, ranked."""
+    bench = Bench(options.device, options.trust_remote_code, progress)
+    used: set[str] = set()
+    for item in items:
+        baseline = None if item.work.is_baseline else find_baseline(item.work, item.work.files.digest)
+        used |= {item.work.run_id} | ({baseline.run_id} if baseline else set())
+        if not item.measure:
+            progress.note(f"{item.work.name}: measured already, run {item.work.run_id}")
+            continue
+        existing = item.work.existing()
+        anew = existing is None or existing.done or item.solve
+        run = start_run(item.work) if existing is None or anew else existing
+        _note_outcome(run, item)
+        ref = options.model if item.out is None else item.out
+        bench.measure(item.work, run, ref, baseline, None if item.work.is_baseline else options.model)
+        rebuild_leaderboard(options.results)
+    rows = rebuild_leaderboard(options.results)
+    return [row for row in rows if row["run_id"] in used], options.results / "leaderboard.csv"
+
+
+def _note_outcome(run: Run, item: Item) -> None:
+    """Into run.json: where the checkpoint is and what making it took."""
+    if item.out is None:
+        run.row["work_seconds"] = 0.0
+        return
+    made = provenance(item.out)
+    run.row["work_seconds"] = made.get("seconds")
+    run.record["checkpoint"] = str(item.out)
+    run.record["calibration"] = made.get("calibration")
+    run.record["shared_calibration"] = made.get("shared_calibration", False)
+    run.save()
+
+
+def _steps(item: Item) -> dict[str, Any]:
+    tasks = [t for t in item.recipe.evaluate if not (item.work.is_baseline and t in NEEDS_BASELINE)]
+    steps = (["quantize"] if item.solve else []) + (tasks if item.measure else [])
+    return {
+        "recipe": item.work.name,
+        "steps": steps,
+        "run_id": item.work.run_id,
+        "checkpoint": str(item.out) if item.out else None,
+    }

@@ -1,0 +1,210 @@
+"""A piece of work before it runs: one recipe on one model, its data checked, its run named, what exists already.
+
+A run id is made of the model's and the recipe's name and a hash of what decides the result (recipe, model and data
+digest), so the same experiment always has the same directory, and anything that changes it has another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from quantlab import __version__
+from quantlab.calibration import read_texts
+from quantlab.errors import RecipeError
+from quantlab.models.files import DTYPE_BYTES, ModelFiles
+from quantlab.paths import file_digest, find_source, slug
+from quantlab.recipe import EvaluateRecipe, QuantizeRecipe, Recipe, load_recipe
+from quantlab.results import Run, read_runs
+
+WINDOWED = ("perplexity", "fidelity")  # tasks on windows of a text
+COMPARED = ("perplexity", "text2sql")  # tasks whose numbers are set against the baseline's
+
+
+@dataclass(frozen=True)
+class Work:
+    """One recipe applied to one model, before it runs. `row` is what the leaderboard knows beforehand."""
+
+    name: str
+    recipe: Recipe
+    results: Path
+    files: ModelFiles
+    data: Mapping[str, str]  # task → digest of its data
+    model: str
+    row: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_id(self) -> str:
+        return str(self.row["run_id"])
+
+    @property
+    def directory(self) -> Path:
+        return self.results / "runs" / self.run_id
+
+    @property
+    def is_baseline(self) -> bool:
+        return isinstance(self.recipe, QuantizeRecipe) and self.recipe.method == "none"
+
+    def existing(self) -> Run | None:
+        return Run.read(self.directory) if (self.directory / "run.json").exists() else None
+
+
+def plan_work(name: str, recipe: Recipe, model: str, files: ModelFiles, results: Path) -> Work:
+    """Check the data of every task and name the run. Imports nothing heavy."""
+    check_lengths(recipe, files)
+    data = {task: digest for task in recipe.evaluate if (digest := data_digest(recipe, task))}
+    sources = [f"{task}={digest}" for task, digest in sorted(data.items())]
+    if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
+        sources.append("calibration=" + text_digest(recipe.calibration.source))
+    short = short_hash([recipe.digest(), files.digest, *sources])[:8]
+    row = {
+        "run_id": f"{slug(model)}-{slug(name)}-{short}",
+        "model": model,
+        "recipe_digest": recipe.digest(),
+        "model_digest": files.digest,
+        "data_digest": short_hash(sorted(set(data.values()))) if data else None,
+        "quantlab_version": __version__,
+    }
+    return Work(name, recipe, results, files, data, model, row)
+
+
+def check_lengths(recipe: Recipe, files: ModelFiles) -> None:
+    """Refuse windows longer than the model's positions, all at once and with what to set."""
+    longest = files.config.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        return
+    wanted = {
+        f"tasks.{t}.seq_len": getattr(recipe.tasks, t).seq_len for t in WINDOWED if t in recipe.evaluate
+    }
+    if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
+        wanted["calibration.seq_len"] = recipe.calibration.seq_len
+    too_long = {key: value for key, value in wanted.items() if value > longest}
+    if too_long:
+        raise RecipeError(
+            f"{files.name} has {longest} positions; too long: "
+            + ", ".join(f"{key} {value}" for key, value in too_long.items()),
+            hint=" ".join(f"--set {key}={longest}" for key in too_long),
+        )
+    speed = recipe.tasks.speed
+    if "speed" in recipe.evaluate and speed.prompt_tokens + speed.new_tokens > longest:
+        raise RecipeError(
+            f"{files.name} has {longest} positions, fewer than prompt_tokens + new_tokens of tasks.speed",
+            hint=f"--set tasks.speed.prompt_tokens={max(1, longest - speed.new_tokens)}",
+        )
+
+
+def data_digest(recipe: Recipe, task: str) -> str:
+    """16 hexadecimal characters for the data of a task, "" for a task without. DataError for data that is bad."""
+    options: Any = recipe.tasks.of(task)
+    if task == "text2sql":
+        from quantlab.evals.text2sql import need_databases
+        from quantlab.sql.dataset import digest, load_items
+
+        if options.data.startswith("hf:"):
+            return short_hash([options.data])
+        items = load_items(options.data, options.limit)
+        need_databases(items)
+        return digest(items)
+    if task in WINDOWED:
+        return text_digest(options.source)
+    if task.startswith("lm-eval:") and options.include_path:
+        folder = find_source(options.include_path)
+        if not folder.is_dir():
+            raise RecipeError(f"tasks.lm_eval.include_path: {folder} is not a directory")
+        return short_hash([file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()])
+    return ""
+
+
+def text_digest(source: str) -> str:
+    """Digest of a text source; a hub dataset by its name, since fetching it is heavy work."""
+    return short_hash([source] if source.startswith("hf:") else read_texts(source))
+
+
+def short_hash(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def stored_bits(files: ModelFiles) -> int:
+    """Bits of the type that most parameters of a plain model are stored in."""
+    counts: Counter[str] = Counter()
+    for tensor in files.tensors.values():
+        counts[tensor.dtype] += tensor.count
+    return 8 * DTYPE_BYTES.get(counts.most_common(1)[0][0], 2)
+
+
+def stored_as(files: ModelFiles) -> dict[str, Any]:
+    """stage, method, bits, group_size and format of a model as its own files say."""
+    config = files.quantized
+    if config is None:
+        return {"stage": "base", "method": "none", "bits": stored_bits(files), "params": files.params}
+    recipe = provenance(files.path).get("recipe", {})
+    kind = str(config.get("quant_method", ""))
+    if kind == "bitsandbytes":
+        four = bool(config.get("load_in_4bit"))
+        found: dict[str, Any] = {
+            "method": f"bnb-{config.get('bnb_4bit_quant_type', 'fp4')}" if four else "bnb-int8",
+            "bits": 4 if four else 8,
+            "group_size": 64 if four else -1,
+        }
+    else:
+        found = {
+            "method": recipe.get("method", kind),
+            "bits": config.get("bits"),
+            "group_size": config.get("group_size"),
+        }
+    return {"stage": "quantized", "format": kind, **found}
+
+
+def serves_as_baseline(candidate: Recipe, recipe: Recipe) -> bool:
+    """Whether `candidate` measures the untouched model in the same way wherever `recipe` is compared with it."""
+    plain = isinstance(candidate, EvaluateRecipe) or candidate.method == "none"
+    return (
+        plain
+        and candidate.dtype == recipe.dtype
+        and all(
+            task in candidate.evaluate and candidate.tasks.of(task) == recipe.tasks.of(task)
+            for task in COMPARED
+            if task in recipe.evaluate
+        )
+    )
+
+
+def find_baseline(work: Work, model_digest: str) -> Run | None:
+    """A finished run of the untouched model with that digest that serves as the baseline of `work`."""
+    for run in read_runs(work.results):
+        if run.row.get("model_digest") != model_digest or run.row.get("stage") != "base":
+            continue
+        same = all(run.record.get("data", {}).get(t) == work.data[t] for t in COMPARED if t in work.data)
+        if same and serves_as_baseline(load_recipe(run.directory / "recipe.yaml"), work.recipe):
+            return run
+    return None
+
+
+def start_run(work: Work) -> Run:
+    """The run's directory, opened anew."""
+    run = Run.start(work.directory, work.recipe.to_yaml(), work.row)
+    run.log("started", model=work.model, recipe=work.name)
+    return run
+
+
+def refuse_existing(work: Work, found: Run) -> NoReturn:
+    """The same recipe, model and data have a run already, and nobody said --resume."""
+    state = "was measured already" if found.done else "was started and not finished"
+    raise RecipeError(
+        f"{work.directory}: this recipe on this model and data {state}",
+        hint="--resume goes on, skipping what is done; --results writes elsewhere",
+    )
+
+
+def provenance(path: Path) -> dict[str, Any]:
+    """The `quantlab.json` of a checkpoint, empty for any other model."""
+    try:
+        content = json.loads((path / "quantlab.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

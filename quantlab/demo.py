@@ -1,0 +1,182 @@
+"""`quantlab demo`: the whole story on the model that ships with quantlab. Ten ways of storing it, each written to disk,
+reloaded, measured and ranked; offline, on the CPU, in minutes.
+
+The recipes are the bundled ones; only the amount of text and the number of questions are smaller than their defaults.
+Run again, it goes on where it stopped, and shows what it has when it is finished.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from quantlab.commands.guard import print_json, stdout_is_stderr
+from quantlab.commands.quantize import Options, quantize_and_measure
+from quantlab.errors import RecipeError
+from quantlab.paths import atomic_write_text
+from quantlab.progress import Advance
+from quantlab.recipe import QuantizeRecipe, find_recipe, load_recipe, usable
+
+MODEL = "embedded:base"
+RECIPES = (
+    "none", "rtn-int4", "rtn-int3", "bnb-int8", "bnb-fp4", "bnb-nf4", "bnb-nf4-dq", "gptq-int4", "gptq-int3",
+    "awq-int4",
+)  # fmt: skip
+SMALLER = (
+    "calibration.rows=64",
+    "tasks.perplexity.max_tokens=30000",
+    "tasks.fidelity.max_tokens=10000",
+    "tasks.text2sql.data=ko_text2sql/dev.jsonl",
+    "tasks.text2sql.limit=100",
+    "tasks.text2sql.batch_size=50",
+    "tasks.text2sql.max_new_tokens=96",
+    "tasks.speed.prompt_tokens=64",
+    "tasks.speed.new_tokens=16",
+    "tasks.speed.repeats=2",
+)
+# Seconds that each kind of work takes on two cores, for the estimate before there is anything to measure.
+SECONDS = {"quantizing": 45.0, "perplexity": 3.0, "text2sql": 10.0, "fidelity": 2.0, "speed": 1.5}
+
+
+def run(out: Path, *, as_json: bool = False) -> None:
+    """The verb."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if (
+        out.is_dir()
+        and any(out.iterdir())
+        and not any((out / name).exists() for name in ("runs", "checkpoints"))
+    ):
+        raise RecipeError(f"{out} already holds something else", hint="--out writes elsewhere")
+    recipes = []
+    for name in RECIPES:
+        path = find_recipe(name)
+        plain = load_recipe(path)
+        assert isinstance(plain, QuantizeRecipe)
+        recipe = load_recipe(path, [key for key in SMALLER if usable(key, plain.method)])
+        assert isinstance(recipe, QuantizeRecipe)
+        recipes.append((name, recipe))
+    options = Options(model=MODEL, out=out / "checkpoints", results=out, device="cpu", resume=True)
+    started = time.monotonic()
+    with stdout_is_stderr(), Overall(expected(recipes)) as progress:
+        summary = quantize_and_measure(recipes, options, progress)
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    _finish(summary, out, as_json=as_json)
+
+
+def _finish(summary: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    from quantlab.report.html import page
+    from quantlab.report.leaderboard import print_table
+
+    atomic_write_text(out / "leaderboard.html", page(summary["rows"]))
+    if as_json:
+        print_json(summary)
+        return
+    print_table(summary["rows"])
+    shared = ", ".join(summary["shared_calibration"])
+    print(f"\n{len(summary['rows'])} ways of storing one model, {summary['seconds']:.0f} s")
+    if shared:
+        print(f"solved from one shared calibration pass: {shared}")
+    if summary["skipped"]:
+        print(f"kept from an earlier run (delete {out} to start over): {', '.join(summary['skipped'])}")
+    print(f"table        {out / 'leaderboard.csv'}")
+    print(f"page         {out / 'leaderboard.html'}")
+    print(f"every answer {out / 'runs'}/<run>/samples/text2sql.jsonl")
+    print(f"checkpoints  {out / 'checkpoints'}/<recipe>, each loads with transformers alone")
+
+
+def expected(recipes: list[tuple[str, QuantizeRecipe]]) -> dict[str, float]:
+    """Outermost task name → seconds expected."""
+    steps = {"quantizing": SECONDS["quantizing"]}
+    for name, recipe in recipes:
+        for task in recipe.evaluate:
+            if not (task == "fidelity" and recipe.method == "none"):
+                steps[f"{name}: {task}"] = SECONDS[task]
+    return steps
+
+
+class Overall:
+    """One bar (or one line now and then) for everything: outermost tasks are steps of known expected length, tasks
+    inside them move the bar within the step. The estimate is scaled by how long the steps so far really took."""
+
+    def __init__(self, steps: Mapping[str, float], stream: TextIO | None = None, every: float = 10.0) -> None:
+        self.steps = dict(steps)
+        self.total = sum(steps.values())
+        self.done = self._ceiling = 0.0
+        self.stream = stream or sys.stderr
+        self.every = every
+        self.started = self.spoke = time.monotonic()
+        self._stack: list[str] = []
+        self._bars: Any = None
+        self._bar: Any = None
+
+    def __enter__(self) -> Overall:
+        if self.stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+            self._bars = Progress(
+                BarColumn(30),
+                TaskProgressColumn(),
+                TextColumn("about {task.fields[left]:.0f} s left"),
+                TextColumn("{task.description}"),
+                console=Console(file=self.stream),
+                transient=True,
+            )
+            self._bar = self._bars.add_task("starting", total=self.total, left=self.total)
+            self._bars.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def left(self) -> float:
+        """Seconds still expected."""
+        ahead = max(self.total - self.done, 0.0)
+        if self.done < 0.05 * self.total:
+            return ahead
+        return ahead * (time.monotonic() - self.started) / self.done
+
+    def note(self, text: str) -> None:
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    @contextmanager
+    def task(self, name: str, total: float | None = None) -> Iterator[Advance]:
+        self._stack.append(name)
+        weight = self.steps.get(self._stack[0], 0.0)
+        if len(self._stack) == 1:
+            self._ceiling = self.done + weight
+
+        def advance(units: float = 1) -> None:
+            if total and len(self._stack) == 2:
+                self.done = min(self.done + weight * units / total, self._ceiling)
+                self._show()
+
+        self._show()
+        try:
+            yield advance
+        finally:
+            self._stack.pop()
+        if not self._stack:
+            self.done = self._ceiling
+            self._show()
+
+    def _show(self) -> None:
+        text = self._stack[0] if self._stack else "done" if self.done >= self.total else ""
+        if self._bars is not None:
+            self._bars.update(self._bar, completed=self.done, left=self.left(), description=text)
+        elif time.monotonic() - self.spoke >= self.every:
+            self.spoke = time.monotonic()
+            print(
+                f"{self.done / self.total:4.0%}  {text}, about {self.left():.0f} s left",
+                file=self.stream,
+                flush=True,
+            )

@@ -1,0 +1,315 @@
+"""Recipes: the schema, `--set` overrides, the digest, and errors that name file, line, key and nearest name.
+
+A recipe is one YAML file, validated with pydantic before anything heavy is imported. Unknown keys are refused,
+and so are keys that the method has no use for: a recipe that says `damp` for round-to-nearest was written in
+the belief that it does something. What a file format can hold is a table here (`LAYOUTS`), checked on load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from quantlab.errors import RecipeError
+from quantlab.paths import bundled, nearest
+
+Method = Literal["none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq"]
+Format = Literal["gptq", "awq", "bitsandbytes", "none"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+GROUP_SIZES = (-1, 16, 32, 64, 128)
+
+# Bits that a layout has room for, and whether it can say in which order columns were quantized (g_idx).
+LAYOUTS: dict[str, tuple[tuple[int, ...], bool]] = {"gptq": ((2, 3, 4, 8), True), "awq": ((4,), False)}
+
+# What a method fixes by itself: bits, group size (block size of bitsandbytes), symmetric, format.
+_FIXED: dict[str, tuple[int, int, bool, str]] = {
+    "none": (16, -1, True, "none"),
+    "bnb-int8": (8, -1, True, "bitsandbytes"),
+    "bnb-fp4": (4, 64, True, "bitsandbytes"),
+    "bnb-nf4": (4, 64, True, "bitsandbytes"),
+}
+_GRID = {"bits", "group_size", "symmetric", "format"}
+_CALIBRATED = _GRID | {"calibration", "propagate"}
+# Keys that only some methods have; every other key belongs to all.
+_KEYS: dict[str, set[str]] = {
+    "none": set(),
+    "rtn": _GRID,
+    "bnb-int8": set(),
+    "bnb-fp4": {"double_quant"},
+    "bnb-nf4": {"double_quant"},
+    "gptq": _CALIBRATED | {"act_order", "damp"},
+    "awq": _CALIBRATED | {"scale_search", "clip_search", "search_steps"},
+}
+_METHOD_KEYS = set().union(*_KEYS.values())
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Calibration(_Strict):
+    """Texts that the statistics are gathered from: `rows` windows of `seq_len` tokens drawn with `seed`."""
+
+    source: str = "calib/ko-text2sql.jsonl"
+    rows: Positive = 128
+    seq_len: Annotated[int, Field(ge=8)] = 512
+    seed: int = 0
+
+
+class PerplexityOptions(_Strict):
+    source: str = "heldout.txt"
+    seq_len: Annotated[int, Field(ge=8)] = 512
+    max_tokens: Positive | None = None
+
+
+class Text2SqlOptions(_Strict):
+    data: str = "ko_text2sql/test.jsonl"
+    limit: Positive | None = None
+    batch_size: Positive = 16
+    max_new_tokens: Positive = 192
+    stop: Literal["statement", "eos"] = "statement"
+
+
+class FidelityOptions(_Strict):
+    source: str = "heldout.txt"
+    seq_len: Annotated[int, Field(ge=8)] = 512
+    max_tokens: Positive | None = 16384
+
+
+class SpeedOptions(_Strict):
+    prompt_tokens: Positive = 128
+    new_tokens: Annotated[int, Field(ge=2)] = 32
+    batch_size: Positive = 1
+    repeats: Positive = 3
+
+
+class LmEvalOptions(_Strict):
+    """For `lm-eval:<name>`; `task` is filled with <name> by the caller, `include_path` holds local task files."""
+
+    task: str = ""
+    include_path: str | None = None
+    limit: Positive | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    batch_size: Positive = 8
+
+
+class TaskOptions(_Strict):
+    perplexity: PerplexityOptions = PerplexityOptions()
+    text2sql: Text2SqlOptions = Text2SqlOptions()
+    fidelity: FidelityOptions = FidelityOptions()
+    speed: SpeedOptions = SpeedOptions()
+    lm_eval: LmEvalOptions = LmEvalOptions()
+
+    def of(self, task: str) -> BaseModel:
+        """The options of one entry of `evaluate`."""
+        if task.startswith("lm-eval:"):
+            return self.lm_eval.model_copy(update={"task": task.partition(":")[2]})
+        options: BaseModel = getattr(self, task)
+        return options
+
+
+TASK_NAMES = ("perplexity", "text2sql", "fidelity", "speed")
+
+
+class _Recipe(_Strict):
+    dtype: Dtype = "auto"
+    evaluate: list[str] = ["perplexity", "text2sql", "fidelity", "speed"]
+    tasks: TaskOptions = TaskOptions()
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> _Recipe:
+        for task in self.evaluate:
+            if task in TASK_NAMES or (task.startswith("lm-eval:") and task != "lm-eval:"):
+                continue
+            near = nearest(task, [*TASK_NAMES, "lm-eval:"])
+            raise ValueError(
+                f"@evaluate: unknown task {task!r}; "
+                + (f"did you mean {near!r}? " if near else "")
+                + f"tasks: {', '.join(TASK_NAMES)}, lm-eval:<name>"
+            )
+        if len(set(self.evaluate)) < len(self.evaluate):
+            raise ValueError("@evaluate: a task is named twice")
+        return self
+
+    def digest(self) -> str:
+        """16 hexadecimal characters that name exactly this content, defaults included."""
+        canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def content(self) -> dict[str, Any]:
+        """Every default and override written out, keys of other methods left out."""
+        dumped = self.model_dump(mode="json")
+        unused = _METHOD_KEYS - _KEYS[dumped["method"]] if "method" in dumped else set()
+        head = {key: dumped[key] for key in ("kind", "method") if key in dumped}
+        return head | {key: value for key, value in dumped.items() if key not in unused}
+
+    def to_yaml(self) -> str:
+        """The recipe as resolved; loading it again gives the same digest."""
+        return yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True)
+
+
+class QuantizeRecipe(_Recipe):
+    """One way of storing a model. `bits`, `group_size`, `symmetric` and `format` are always filled in."""
+
+    kind: Literal["quantize"] = "quantize"
+    method: Method
+    bits: Literal[2, 3, 4, 8, 16] = 4  # 16 only for `none`, which rounds nothing
+    group_size: int = 128  # columns that share a scale; -1 a whole row
+    symmetric: bool = True
+    act_order: bool | Literal["group"] = False  # "group": order inside groups that stay in place
+    damp: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.01
+    double_quant: bool = False
+    scale_search: bool = True
+    clip_search: bool = True
+    search_steps: Annotated[int, Field(ge=2, le=100)] = 20
+    propagate: Literal["original", "quantized"] = "original"
+    format: Format = "gptq"
+    calibration: Calibration = Calibration()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_by_method(cls, data: Any) -> Any:
+        """Defaults that depend on the method; a fixed value may be repeated, not contradicted."""
+        if not isinstance(data, dict) or str(data.get("method")) not in _KEYS:
+            return data  # the field check says what is wrong
+        method, filled = data["method"], dict(data)
+        for key in [key for key in data if key in _METHOD_KEYS - _KEYS[method]]:
+            index = ("bits", "group_size", "symmetric", "format").index(key) if key in _GRID else None
+            if index is None or method not in _FIXED or data[key] != _FIXED[method][index]:
+                raise ValueError(f"@{key}: {_why_not(method, key)}")
+        if method in _FIXED:
+            filled.update(zip(("bits", "group_size", "symmetric", "format"), _FIXED[method], strict=True))
+        else:
+            filled.setdefault("format", "awq" if method == "awq" else "gptq")
+            filled.setdefault("symmetric", method != "awq")
+        return filled
+
+    @model_validator(mode="after")
+    def _layout_holds_it(self) -> QuantizeRecipe:
+        if self.method in _FIXED:
+            return self
+        if self.bits == 16:
+            raise ValueError(f"@bits: {self.method} stores 2, 3, 4 or 8 bits")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError("@group_size: expected 16, 32, 64, 128, or -1 for one group a row")
+        if self.format not in LAYOUTS:
+            raise ValueError(
+                f"@format: {self.method} is written as {' or '.join(LAYOUTS)}, not {self.format!r}"
+            )
+        bits, ordered = LAYOUTS[self.format]
+        others = [name for name, (held, _) in LAYOUTS.items() if self.bits in held]
+        if self.bits not in bits:
+            held = ", ".join(map(str, bits))
+            raise ValueError(
+                f"@bits: the {self.format} layout holds {held} bits only, not {self.bits}; "
+                f"for {self.bits} bits set format: {' or '.join(others)}"
+            )
+        if self.act_order is True and not ordered:
+            raise ValueError(
+                f"@act_order: the {self.format} layout cannot store a column order; set format: gptq"
+            )
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        return "calibration" in _KEYS[self.method]
+
+
+class EvaluateRecipe(_Recipe):
+    """Measurements alone, for a model as it is stored."""
+
+    kind: Literal["evaluate"] = "evaluate"
+
+
+Recipe = QuantizeRecipe | EvaluateRecipe
+KINDS: dict[str, type[_Recipe]] = {"quantize": QuantizeRecipe, "evaluate": EvaluateRecipe}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override (`a.b=value`, the value read as YAML) and validate; RecipeError names the line and the key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read recipe {path}: {error}") from error
+    return parse_recipe(text, str(path), overrides)
+
+
+def parse_recipe(text: str, name: str = "<recipe>", overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe` for text; `name` is what messages call it."""
+    from quantlab.recipe_yaml import apply_override, read_mapping
+
+    content, places = read_mapping(text, name)
+    for override in overrides:
+        apply_override(content, places, override)
+    kind = content.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        near = nearest(str(kind), KINDS)
+        message = (
+            "missing"
+            if kind is None
+            else f"unknown kind {kind!r}" + (f"; did you mean {near!r}?" if near else "")
+        )
+        raise RecipeError(
+            f"{places.say(('kind',))}kind: {message}", hint=f"kind is one of: {', '.join(KINDS)}"
+        )
+    try:
+        recipe = KINDS[kind].model_validate(content)
+    except ValidationError as error:
+        from quantlab.recipe_yaml import explain
+
+        raise RecipeError("\n".join(explain(error, KINDS[kind], places))) from None
+    assert isinstance(recipe, QuantizeRecipe | EvaluateRecipe)
+    return recipe
+
+
+def usable(override: str, method: str) -> bool:
+    """Whether the key of a `--set` says something to this method; keys of every method and unknown ones do."""
+    key = override.partition("=")[0].split(".")[0].strip()
+    return key not in _METHOD_KEYS or key in _KEYS.get(method, _METHOD_KEYS)
+
+
+def find_recipe(name: str) -> Path:
+    """A path, or the bare name of a bundled recipe; RecipeError names the nearest bundled one."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = bundled_recipes()
+    if name in known:
+        return known[name]
+    near = nearest(path.stem, known)
+    raise RecipeError(
+        f"no such recipe: {name}",
+        hint=(f"did you mean {near}? " if near else "") + "bundled recipes: " + ", ".join(known),
+    )
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Name → file of the bundled recipes, sorted."""
+    root = bundled("recipes")
+    files = sorted(root.rglob("*.yaml"))
+    return {str(path.relative_to(root).with_suffix("")).replace("\\", "/"): path for path in files}
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of every kind of recipe, for editors."""
+    return TypeAdapter(Recipe).json_schema()
+
+
+def _why_not(method: str, key: str) -> str:
+    if method in _FIXED and key in _GRID:
+        value = dict(zip(("bits", "group_size", "symmetric", "format"), _FIXED[method], strict=True))[key]
+        if method == "none":
+            return "method none stores the model as it is"
+        return f"{method} always has {key}: {value}; leave the key out"
+    users = ", ".join(name for name, keys in _KEYS.items() if key in keys)
+    return f"method {method} has no use for it (only {users})"

@@ -1,0 +1,115 @@
+"""The model card of a checkpoint: its README.md, in the form the Hugging Face hub reads.
+
+Says what the checkpoint was made from and how (from `quantlab.json`), what it scored (from the run's row, when there
+is one), and how to load it with transformers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantlab.paths import atomic_write_text
+from quantlab.report.leaderboard import accuracy, flipped, number
+
+NEEDS = {
+    "gptq": "pip install transformers accelerate optimum gptqmodel",
+    "awq": "pip install transformers accelerate gptqmodel",
+    "bitsandbytes": "pip install transformers accelerate bitsandbytes",
+}
+
+
+def write_model_card(checkpoint: Path, row: Mapping[str, Any] | None) -> Path | None:
+    """Write `checkpoint/README.md` from its quantlab.json and the run's row; nothing without a quantlab.json."""
+    try:
+        made = json.loads((checkpoint / "quantlab.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    path = checkpoint / "README.md"
+    if row is None and path.exists():
+        return path  # made without measuring: keep the card that has numbers
+    atomic_write_text(path, model_card(made, row))
+    return path
+
+
+def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
+    """The card's text. `made` is quantlab.json's content, `row` a row of the leaderboard."""
+    recipe, parent = made["recipe"], str(made["parent"])
+    layout = recipe.get("format", "bitsandbytes")
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": ["quantlab", "quantized", recipe["method"]],
+    }
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", parent) and not parent.startswith("."):
+        head |= {"base_model": parent, "base_model_relation": "quantized"}
+    parts = [
+        "---\n" + yaml.safe_dump(head, sort_keys=False).strip() + "\n---",
+        f"# {parent.rstrip('/').split('/')[-1]}, {describe(recipe)}",
+        f"Made by quantlab {made['quantlab_version']} from `{parent}` (digest `{made['parent_digest']}`).",
+        "## Recipe",
+        "```yaml\n" + yaml.safe_dump(_without_measurements(recipe), sort_keys=False).strip() + "\n```",
+    ]
+    if made.get("calibration"):
+        calibration = made["calibration"]
+        parts.append(
+            f"Calibrated on {calibration.get('rows')} rows of {calibration.get('seq_len')} tokens of "
+            f"`{calibration.get('source')}` (digest `{calibration.get('digest')}`)."
+        )
+    if row is not None:
+        parts += ["## Measured", _measured(row)]
+    parts += [
+        "## Use",
+        f"```sh\n{NEEDS.get(layout, NEEDS['gptq'])}\n```",
+        "```python\n" + _snippet() + "\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe(recipe: Mapping[str, Any]) -> str:
+    """`gptq, 4 bits, groups of 128`."""
+    words = [str(recipe["method"])]
+    if "bits" in recipe:
+        words.append(f"{recipe['bits']} bits")
+        words.append("a scale a row" if recipe["group_size"] == -1 else f"groups of {recipe['group_size']}")
+    if recipe.get("double_quant"):
+        words.append("double quantization")
+    return ", ".join(words)
+
+
+def _without_measurements(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key not in ("evaluate", "tasks")}
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    cells = [
+        ("Weight files", number(row.get("size_bytes"), "{:,.0f} bytes")),
+        ("Bits a weight", number(row.get("bits_per_weight"), "{:.2f}")),
+        ("Perplexity", number(row.get("ppl"), "{:.3f}")),
+        ("Perplexity against the original", number(row.get("ppl_ratio"), "{:.3f} times")),
+        ("Mean KL divergence to the original, nats", number(row.get("kl_mean"), "{:.4f}")),
+        ("Same most likely token as the original", number(row.get("top1_agreement"), "{:.3f}")),
+        ("Text2SQL execution accuracy, % [95 %]", accuracy(row)),
+        ("Text2SQL items lost and gained against the original", flipped(row)),
+    ]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells if value)]
+    lines.append(f"\nRun `{row['run_id']}`, data digest `{row.get('data_digest')}`, on {row.get('device')}.")
+    return "\n".join(lines)
+
+
+def _snippet() -> str:
+    return "\n".join(
+        [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'path = "."  # this directory',
+            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")',
+            "tokenizer = AutoTokenizer.from_pretrained(path)",
+            'inputs = tokenizer("SELECT", return_tensors="pt").to(model.device)',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+        ]
+    )

@@ -1,0 +1,264 @@
+"""What a run leaves behind: samples, `run.json`, the log, and the leaderboard rebuilt from every `run.json`.
+
+A run is a directory `results/runs/<run-id>/` with `recipe.yaml`, `run.json`, `samples/<task>.jsonl` and
+`log.jsonl`. `run.json` is written when the run starts (status "running") and again when it ends ("done");
+only done runs have a row. The leaderboard is never appended to, it is rebuilt, so two runs that end together
+lose nothing. Each file is written beside its place and renamed into it.
+
+Rows that cannot be told from the best by execution accuracy share its `tie_group`: an exact two-sided McNemar
+test (McNemar 1947) on the sample ids that both runs scored, at 5 %.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from quantlab.errors import DataError
+from quantlab.paths import atomic_write_text, atomic_writer
+
+COLUMNS = (
+    "run_id", "finished_at", "model", "parent", "stage", "method", "bits", "group_size", "format", "params",
+    "size_bytes", "bits_per_weight", "ppl", "ppl_ratio", "bits_per_byte", "kl_mean", "kl_p99",
+    "top1_agreement", "em", "ex", "ex_low", "ex_high", "judge", "lost", "gained", "tie_group",
+    "prefill_tok_s", "decode_tok_s", "peak_memory_bytes", "work_seconds", "device", "recipe_digest",
+    "model_digest", "data_digest", "quantlab_version",
+)  # fmt: skip
+
+# Columns that tasks fill in.
+MEASURED = (
+    "ppl", "bits_per_byte", "kl_mean", "kl_p99", "top1_agreement", "em", "ex", "ex_low", "ex_high", "judge",
+    "prefill_tok_s", "decode_tok_s", "peak_memory_bytes",
+)  # fmt: skip
+
+VERDICTS = ("ok", "wrong", "error", "timeout", "unparsed")
+
+
+@dataclass
+class Sample:
+    """One scored item. `verdict` is one of VERDICTS; `why` explains anything but "ok"; `extra` is task-specific."""
+
+    id: str
+    input: str
+    output: str
+    verdict: str
+    why: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict {self.verdict!r} is not one of {', '.join(VERDICTS)}")
+
+
+@dataclass
+class TaskResult:
+    """What a task returns: `metrics` (names of COLUMNS go to the leaderboard), samples, and free details."""
+
+    task: str
+    metrics: dict[str, float | int | str | None]
+    samples: list[Sample] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def write_jsonl(path: Path, rows: Iterable[Sample | Mapping[str, Any]]) -> int:
+    """Write one JSON object a line, beside and renamed; returns how many."""
+    count = 0
+    with atomic_writer(path) as stream:
+        for row in rows:
+            content = asdict(row) if isinstance(row, Sample) else dict(row)
+            stream.write(json.dumps(content, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; DataError names the file and the line that is not a JSON object."""
+    rows: list[dict[str, Any]] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not JSON: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Run:
+    """One recipe applied to one model, as a directory. `record` is the content of run.json."""
+
+    def __init__(self, directory: Path, record: dict[str, Any]) -> None:
+        self.directory = directory
+        self.record = record
+
+    @classmethod
+    def start(cls, directory: Path, recipe_yaml: str, row: Mapping[str, Any]) -> Run:
+        """Open the directory: recipe.yaml and a run.json with status "running" and the row as known so far."""
+        run = cls(directory, {"status": "running", "started_at": now(), "row": dict(row), "tasks": {}})
+        atomic_write_text(directory / "recipe.yaml", recipe_yaml)
+        run.save()
+        return run
+
+    @classmethod
+    def read(cls, directory: Path) -> Run:
+        path = directory / "run.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {path}: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("row"), dict):
+            raise DataError(f"{path}: not a run record")
+        return cls(directory, record)
+
+    @property
+    def run_id(self) -> str:
+        return self.directory.name
+
+    @property
+    def done(self) -> bool:
+        return self.record.get("status") == "done"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        row: dict[str, Any] = self.record["row"]
+        return row
+
+    def save(self) -> None:
+        content = json.dumps(_finite(self.record), ensure_ascii=False, indent=1, allow_nan=False)
+        atomic_write_text(self.directory / "run.json", content + "\n")
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append one line to log.jsonl."""
+        line = json.dumps({"at": now(), "event": event, **fields}, ensure_ascii=False, default=str)
+        with (self.directory / "log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def add(self, result: TaskResult) -> None:
+        """Keep a task's result: its samples in a file, its metrics in the row where COLUMNS has them.
+
+        The harness (`lm-eval:…`) names metrics as it likes, so its numbers stay out of the row.
+        """
+        name = result.task.replace(":", "-").replace("/", "-")
+        if result.samples:
+            write_jsonl(self.directory / "samples" / f"{name}.jsonl", result.samples)
+        self.record["tasks"][result.task] = {"metrics": result.metrics, "details": result.details}
+        if not result.task.startswith("lm-eval:"):
+            self.row.update({key: result.metrics[key] for key in MEASURED if key in result.metrics})
+        self.save()
+
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        path = self.directory / "samples" / f"{task.replace(':', '-').replace('/', '-')}.jsonl"
+        return read_jsonl(path) if path.exists() else []
+
+    def finish(self, **fields: Any) -> None:
+        """Mark done: the row now counts."""
+        self.row.update(fields)
+        self.row["finished_at"] = now()
+        self.record["status"] = "done"
+        self.save()
+
+
+def read_runs(results_dir: Path) -> list[Run]:
+    """Every done run under `results_dir/runs`, in the order they finished. Unreadable records are DataErrors."""
+    directories = sorted((results_dir / "runs").glob("*/run.json"))
+    runs = [run for run in (Run.read(path.parent) for path in directories) if run.done]
+    return sorted(runs, key=lambda run: (str(run.row.get("finished_at", "")), run.run_id))
+
+
+def verdicts(run: Run, task: str = "text2sql") -> dict[str, bool]:
+    """Sample id → answered correctly, for the samples that count (an empty gold result is no evidence)."""
+    scored = (row for row in run.samples(task) if row.get("extra", {}).get("evidence", True))
+    return {str(row["id"]): row["verdict"] == "ok" for row in scored}
+
+
+def flips(parent: Mapping[str, bool], child: Mapping[str, bool]) -> tuple[int, int]:
+    """(lost, gained): items right in the parent and wrong in the child, and the other way, on shared ids."""
+    shared = parent.keys() & child.keys()
+    lost = sum(parent[key] and not child[key] for key in shared)
+    gained = sum(child[key] and not parent[key] for key in shared)
+    return lost, gained
+
+
+def mcnemar_exact(lost: int, gained: int) -> float:
+    """Two-sided exact p-value that `lost` and `gained` flips are equally likely (binomial, p = 1/2)."""
+    n, k = lost + gained, min(lost, gained)
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * tail / (1 << n))
+
+
+def rebuild_leaderboard(results_dir: Path) -> list[dict[str, Any]]:
+    """Write `results_dir/leaderboard.csv` from every done run; returns its rows, best execution accuracy first."""
+    with FileLock(results_dir / ".leaderboard.lock"):  # else a table built earlier could replace a newer one
+        return _rebuild(results_dir)
+
+
+def _rebuild(results_dir: Path) -> list[dict[str, Any]]:
+    runs = read_runs(results_dir)
+    rows = [{column: run.row.get(column) for column in COLUMNS} for run in runs]
+    _mark_ties(runs, rows)
+    rows.sort(key=_rank)
+    with atomic_writer(results_dir / "leaderboard.csv") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
+    return rows
+
+
+def _mark_ties(runs: list[Run], rows: list[dict[str, Any]]) -> None:
+    """tie_group "best" for rows that a paired test cannot tell from the best row scored on the same data."""
+    for row in rows:
+        row["tie_group"] = None
+    keys = [run.record.get("data", {}).get("text2sql", run.row.get("data_digest")) for run in runs]
+    for key in set(keys):
+        group = [i for i, row in enumerate(rows) if keys[i] == key and row["ex"] is not None]
+        if not group:
+            continue
+        answers = {i: verdicts(runs[i]) for i in group}
+        best = max(group, key=lambda i: float(rows[i]["ex"]))
+        for i in group:
+            shared = answers[best].keys() & answers[i].keys()
+            if i == best or (shared and mcnemar_exact(*flips(answers[best], answers[i])) > 0.05):
+                rows[i]["tie_group"] = "best"
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[float, float, str]:
+    ex, ppl = row.get("ex"), row.get("ppl")
+    return (-float(ex) if ex is not None else 1.0, float(ppl) if ppl is not None else math.inf, row["run_id"])
+
+
+def cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a diverged perplexity is stored as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,93 @@
+"""Progress when piped, and the demo's one bar over everything."""
+
+import io
+import time
+
+import pytest
+
+from quantlab.demo import RECIPES, SMALLER, Overall, expected
+from quantlab.progress import Bars, Lines, Silent, default_progress
+from quantlab.recipe import QuantizeRecipe, find_recipe, load_recipe, usable
+
+
+def test_lines_speak_at_the_end_of_outermost_work_only() -> None:
+    said = io.StringIO()
+    progress = Lines(said)
+    with progress.task("outer"), progress.task("inner", total=2) as advance:
+        advance(1)
+        advance(1)
+    assert said.getvalue().startswith("outer: ") and "inner" not in said.getvalue()
+
+
+def test_lines_estimate_inside_long_work() -> None:
+    said = io.StringIO()
+    with Lines(said, every=0).task("work", total=4) as advance:
+        time.sleep(0.01)
+        advance(1)
+        advance(3)
+    assert "work: 25%, about 0 s left" in said.getvalue() and "work: 100%" in said.getvalue()
+
+
+def test_unknown_total_and_nesting_after_an_error() -> None:
+    said = io.StringIO()
+    progress = Lines(said, every=0)
+    with pytest.raises(ValueError, match="stop"), progress.task("broken") as advance:
+        advance(3)
+        raise ValueError("stop")
+    assert "broken: 3 done" in said.getvalue()
+    with progress.task("next"):
+        pass
+    assert "next: " in said.getvalue()
+
+
+def test_bars_nest_and_leave_only_the_outermost() -> None:
+    said = io.StringIO()
+    progress = Bars(said)
+    with progress.task("outer"), progress.task("inner", total=1) as advance:
+        advance(1)
+    progress.note("[not markup]")
+    assert (
+        "outer:" in said.getvalue() and "inner:" not in said.getvalue() and "[not markup]" in said.getvalue()
+    )
+
+
+def test_silence_and_choice() -> None:
+    assert isinstance(default_progress(quiet=True), Silent)
+    with Silent().task("x", total=1) as advance:
+        advance(1)
+
+
+def test_overall_reaches_the_end_whatever_the_steps_report() -> None:
+    said = io.StringIO()
+    with Overall({"a": 30.0, "b: x": 10.0, "b: y": 10.0}, said, every=0) as progress:
+        assert progress.left() == pytest.approx(50)
+        with progress.task("a"), progress.task("inner", total=10) as advance:
+            for _ in range(5):
+                advance(1)
+            assert progress.done == pytest.approx(15)
+            advance(50)  # more than was said
+            assert progress.done == pytest.approx(30)
+        with progress.task("b: x"):
+            pass
+        assert progress.done == pytest.approx(40)
+        with progress.task("not expected"), progress.task("inner", total=1) as advance:
+            advance(1)
+        assert progress.done == pytest.approx(40)
+        with progress.task("b: y"):
+            pass
+        assert progress.done == pytest.approx(progress.total)
+    assert "60%  a, about" in said.getvalue() and "100%  done" in said.getvalue()
+
+
+def test_the_demo_has_at_least_nine_ways_and_its_overrides_fit() -> None:
+    recipes = []
+    for name in RECIPES:
+        plain = load_recipe(find_recipe(name))
+        assert isinstance(plain, QuantizeRecipe)
+        recipe = load_recipe(find_recipe(name), [key for key in SMALLER if usable(key, plain.method)])
+        assert isinstance(recipe, QuantizeRecipe)
+        recipes.append((name, recipe))
+    assert len({recipe.digest() for _, recipe in recipes}) >= 9
+    steps = expected(recipes)
+    assert "none: fidelity" not in steps and "gptq-int4: fidelity" in steps and steps["quantizing"] > 0
+    assert sum(steps.values()) < 240
