@@ -204,7 +204,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=here / "embedded" / "base")
     parser.add_argument("--record", type=Path, default=Path("results/embedded-base/training.json"))
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1050)
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--muon-lr", type=float, default=3e-3)
