@@ -29,18 +29,18 @@ RECIPES = (
 )  # fmt: skip
 SMALLER = (
     "calibration.rows=64",
-    "tasks.perplexity.max_tokens=30000",
-    "tasks.fidelity.max_tokens=10000",
+    "tasks.perplexity.max_tokens=20000",
+    "tasks.fidelity.max_tokens=8000",
     "tasks.text2sql.data=ko_text2sql/dev.jsonl",
-    "tasks.text2sql.limit=100",
-    "tasks.text2sql.batch_size=50",
+    "tasks.text2sql.limit=80",
+    "tasks.text2sql.batch_size=40",
     "tasks.text2sql.max_new_tokens=96",
     "tasks.speed.prompt_tokens=64",
     "tasks.speed.new_tokens=16",
     "tasks.speed.repeats=2",
 )
 # Seconds that each kind of work takes on two cores, for the estimate before there is anything to measure.
-SECONDS = {"quantizing": 45.0, "perplexity": 3.0, "text2sql": 10.0, "fidelity": 2.0, "speed": 1.5}
+SECONDS = {"quantizing": 45.0, "perplexity": 2.7, "text2sql": 7.0, "fidelity": 2.0, "speed": 1.0}
 
 
 def run(out: Path, *, as_json: bool = False) -> None:
