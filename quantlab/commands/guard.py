@@ -109,8 +109,8 @@ def _keep_environment() -> None:
     """What libraries read from the environment on import, or would do to it, unless the user has set it.
 
     OpenMP's threads spin while they wait for each other; with anything else running on the machine that makes a small
-    model many times slower, so they give up spinning early. gptqmodel's tokenizer package moves the Hugging Face cache of
-    the whole process into a temporary directory when HF_HOME is not set.
+    model many times slower, so they give up spinning early. gptqmodel's tokenizer package moves the Hugging Face cache
+    of the whole process into a temporary directory when HF_HOME is not set.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
