@@ -51,6 +51,10 @@ class TensorInfo:
     def count(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def size_bytes(self) -> int:
+        return self.count * DTYPE_BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class ModelFiles:

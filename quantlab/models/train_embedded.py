@@ -70,7 +70,7 @@ def train_tokenizer(texts: Iterator[str]) -> Any:
 
 
 def token_stream(tokenizer: Any, tokens: int) -> torch.Tensor:
-    """The first ``tokens`` tokens of the corpus, int16-sized ids in an int32 vector, documents ended by END."""
+    """The first ``tokens`` tokens of the corpus, int32 [tokens], documents ended by END."""
     ids: list[int] = []
     source = documents(TRAINING_SEED)
     while len(ids) < tokens:
@@ -134,8 +134,6 @@ def train(args: argparse.Namespace) -> None:
     per_step = args.batch * args.length
     data = token_stream(tokenizer, args.steps * per_step + 1)
     model = build_model(tokenizer, args.seed).to(device).train()
-    # A forward pass that is compiled saves about a fifth of the time; the uncompiled module is what is saved.
-    forward = torch.compile(model) if args.compile else model
     optims = optimizers(model, args.muon_lr, args.adam_lr)
     base = [[g["lr"] for g in o.param_groups] for o in optims]
     order = torch.randperm(args.steps * args.batch, generator=torch.Generator().manual_seed(args.seed))
@@ -148,7 +146,7 @@ def train(args: argparse.Namespace) -> None:
         picked = order[step * args.batch : (step + 1) * args.batch] * args.length
         rows = torch.stack([data[i : i + args.length] for i in picked.tolist()]).long().to(device)
         with torch.autocast(device, dtype=torch.bfloat16):
-            loss = forward(input_ids=rows, labels=rows).loss
+            loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = learning_rate(step, args.steps)
@@ -212,7 +210,6 @@ def main() -> None:
     parser.add_argument("--tokenizer-documents", type=int, default=8000)
     parser.add_argument("--every", type=int, default=50, help="steps between evaluations on held-out text")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the forward pass")
     train(parser.parse_args())
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quantlab.errors import DataError, MachineError, RecipeError
+from quantlab.models.files import read_header
 from quantlab.paths import atomic_write_text
 
 TOKENIZER_FILES = (
@@ -75,9 +76,9 @@ class CheckpointWriter:
         """Turn the parts into a checkpoint directory and move it into place."""
         weight_map, total = {}, 0
         for part in (self._block_file(i) for i in range(self.blocks + 1)):
-            for tensor, size in tensor_sizes(part).items():
-                weight_map[tensor] = part.name
-                total += size
+            for tensor in read_header(part).values():
+                weight_map[tensor.name] = part.name
+                total += tensor.size_bytes
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         atomic_write_text(self.work / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
         atomic_write_text(
@@ -109,13 +110,6 @@ class CheckpointWriter:
 def partial_path(out: Path) -> Path:
     """Where a checkpoint lives until it is complete."""
     return out.with_name(out.name + ".partial")
-
-
-def tensor_sizes(file: Path) -> dict[str, int]:
-    """Bytes of each tensor in a safetensors file, from its header."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return {n: e["data_offsets"][1] - e["data_offsets"][0] for n, e in header.items() if n != "__metadata__"}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ from quantlab.models.blocks import Call, Opened, batches, linears, run_block
 from quantlab.progress import Progress
 from quantlab.quant import CALIBRATED, method
 from quantlab.quant.checkpoint import CheckpointWriter
-from quantlab.quant.grid import Grid
+from quantlab.quant.grid import Grid, Quantized
 from quantlab.quant.statistics import Collector
 from quantlab.quant.view import BlockResult, BlockView, NormInput
 
@@ -144,7 +144,7 @@ def _pass_quantized(stream: Stream, index: int, block: nn.Module, call: Call) ->
             codes, scales, zeros, group_of = unpack(
                 parts, bits=plan.grid.bits, group_size=plan.grid.group_size
             )
-            value = (codes.to(torch.float32) - zeros[:, group_of]) * scales[:, group_of]
+            value = Quantized(codes, scales, zeros, group_of).dequantize()
         else:
             value = tensors[name]
         originals[name] = parameter

@@ -81,12 +81,11 @@ def check(recipe: QuantizeRecipe, model: str, out: Path | None = None) -> None:
 
 
 def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
-    """Size of the checkpoint's weights, within a few percent."""
+    """No less than the size of the checkpoint's weights: scales and zeros generously, the rest as float32."""
     matrices = sum(a * b for a, b in files.block_linears().values())
     rest = sum(t.count for t in files.tensors.values()) - matrices
     width = 2 if recipe.group_size == -1 else 2 + 24 / recipe.group_size
-    bits = recipe.bits + (0 if recipe.method == "none" else width)
-    return int(matrices * bits / 8 + rest * 4)
+    return int(matrices * (recipe.bits + width) / 8 + rest * 4)
 
 
 def quantize(
