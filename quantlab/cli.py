@@ -119,6 +119,50 @@ def quantize(
 
 
 @app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled name.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The student's directory; the cells of a sweep go to OUT/<cell>."),
+    ] = None,
+    results: Results = Path("results"),
+    ledger: Annotated[
+        Path | None,
+        typer.Option(
+            "--ledger", help="The file that remembers every paid answer; default RESULTS/ledger.sqlite."
+        ),
+    ] = None,
+    overrides: Sets = None,
+    device: Device = "auto",
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small student on a teacher's cleaned answers, and measure it against its base."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.distill import Options, run
+
+        run(
+            recipe,
+            Options(
+                out=out,
+                results=results,
+                ledger=ledger,
+                overrides=tuple(overrides or ()),
+                device=device,
+                resume=resume,
+                dry_run=dry_run,
+                trust_remote_code=trust_remote_code,
+            ),
+            as_json=as_json,
+        )
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Hugging Face id, directory, or embedded:base.")

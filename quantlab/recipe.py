@@ -7,21 +7,34 @@ the belief that it does something. What a file format can hold is a table here (
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from quantlab.errors import RecipeError
 from quantlab.paths import bundled, nearest
+from quantlab.recipe_distill import DistillRecipe
+from quantlab.recipe_parts import (
+    BaseRecipe,
+    Calibration,
+    FidelityOptions,
+    LmEvalOptions,
+    PerplexityOptions,
+    SpeedOptions,
+    TaskOptions,
+    Text2SqlOptions,
+)
+
+__all__ = [
+    "BaseRecipe", "Calibration", "DistillRecipe", "EvaluateRecipe", "FidelityOptions", "LmEvalOptions",
+    "PerplexityOptions", "QuantizeRecipe", "Recipe", "SpeedOptions", "TaskOptions", "Text2SqlOptions",
+    "bundled_recipes", "find_recipe", "json_schema", "load_recipe", "parse_recipe", "usable",
+]  # fmt: skip
 
 Method = Literal["none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq"]
 Format = Literal["gptq", "awq", "bitsandbytes", "none"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 GROUP_SIZES = (-1, 16, 32, 64, 128)
 
@@ -50,115 +63,7 @@ _KEYS: dict[str, set[str]] = {
 _METHOD_KEYS = set().union(*_KEYS.values())
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Calibration(_Strict):
-    """Texts that the statistics are gathered from: `rows` windows of `seq_len` tokens drawn with `seed`."""
-
-    source: str = "calib/ko-text2sql.jsonl"
-    rows: Positive = 128
-    seq_len: Annotated[int, Field(ge=8)] = 512
-    seed: int = 0
-
-
-class PerplexityOptions(_Strict):
-    source: str = "heldout.txt"
-    seq_len: Annotated[int, Field(ge=8)] = 512
-    max_tokens: Positive | None = None
-
-
-class Text2SqlOptions(_Strict):
-    data: str = "ko_text2sql/test.jsonl"
-    limit: Positive | None = None
-    batch_size: Positive = 16
-    max_new_tokens: Positive = 192
-    stop: Literal["statement", "eos"] = "statement"
-
-
-class FidelityOptions(_Strict):
-    source: str = "heldout.txt"
-    seq_len: Annotated[int, Field(ge=8)] = 512
-    max_tokens: Positive | None = 16384
-
-
-class SpeedOptions(_Strict):
-    prompt_tokens: Positive = 128
-    new_tokens: Annotated[int, Field(ge=2)] = 32
-    batch_size: Positive = 1
-    repeats: Positive = 3
-
-
-class LmEvalOptions(_Strict):
-    """For `lm-eval:<name>`; `task` is filled with <name> by the caller, `include_path` holds local task files."""
-
-    task: str = ""
-    include_path: str | None = None
-    limit: Positive | None = None
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    batch_size: Positive = 8
-
-
-class TaskOptions(_Strict):
-    perplexity: PerplexityOptions = PerplexityOptions()
-    text2sql: Text2SqlOptions = Text2SqlOptions()
-    fidelity: FidelityOptions = FidelityOptions()
-    speed: SpeedOptions = SpeedOptions()
-    lm_eval: LmEvalOptions = LmEvalOptions()
-
-    def of(self, task: str) -> BaseModel:
-        """The options of one entry of `evaluate`."""
-        if task.startswith("lm-eval:"):
-            return self.lm_eval.model_copy(update={"task": task.partition(":")[2]})
-        options: BaseModel = getattr(self, task)
-        return options
-
-
-TASK_NAMES = ("perplexity", "text2sql", "fidelity", "speed")
-
-
-class _Recipe(_Strict):
-    dtype: Dtype = "auto"
-    evaluate: list[str] = ["perplexity", "text2sql", "fidelity", "speed"]
-    tasks: TaskOptions = TaskOptions()
-
-    @model_validator(mode="after")
-    def _known_tasks(self) -> _Recipe:
-        for task in self.evaluate:
-            if task in TASK_NAMES or (task.startswith("lm-eval:") and task != "lm-eval:"):
-                continue
-            near = nearest(task, [*TASK_NAMES, "lm-eval:"])
-            raise ValueError(
-                f"@evaluate: unknown task {task!r}; "
-                + (f"did you mean {near!r}? " if near else "")
-                + f"tasks: {', '.join(TASK_NAMES)}, lm-eval:<name>"
-            )
-        if len(set(self.evaluate)) < len(self.evaluate):
-            raise ValueError("@evaluate: a task is named twice")
-        return self
-
-    def digest(self) -> str:
-        """16 hexadecimal characters that name exactly this content, defaults included."""
-        canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-    def content(self) -> dict[str, Any]:
-        """Every default and override written out, keys of other methods left out."""
-        dumped = self.model_dump(mode="json")
-        unused = _METHOD_KEYS - _KEYS[dumped["method"]] if "method" in dumped else set()
-        head = {key: dumped[key] for key in ("kind", "method") if key in dumped}
-        return head | {key: value for key, value in dumped.items() if key not in unused}
-
-    def to_yaml(self) -> str:
-        """The recipe as resolved; loading it again gives the same digest."""
-        return yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True)
-
-
-class QuantizeRecipe(_Recipe):
+class QuantizeRecipe(BaseRecipe):
     """One way of storing a model. `bits`, `group_size`, `symmetric` and `format` are always filled in."""
 
     kind: Literal["quantize"] = "quantize"
@@ -220,19 +125,26 @@ class QuantizeRecipe(_Recipe):
             )
         return self
 
+    def unused(self) -> set[str]:
+        return _METHOD_KEYS - _KEYS[self.method]
+
     @property
     def needs_calibration(self) -> bool:
         return "calibration" in _KEYS[self.method]
 
 
-class EvaluateRecipe(_Recipe):
+class EvaluateRecipe(BaseRecipe):
     """Measurements alone, for a model as it is stored."""
 
     kind: Literal["evaluate"] = "evaluate"
 
 
-Recipe = QuantizeRecipe | EvaluateRecipe
-KINDS: dict[str, type[_Recipe]] = {"quantize": QuantizeRecipe, "evaluate": EvaluateRecipe}
+Recipe = QuantizeRecipe | EvaluateRecipe | DistillRecipe
+KINDS: dict[str, type[BaseRecipe]] = {
+    "quantize": QuantizeRecipe,
+    "evaluate": EvaluateRecipe,
+    "distill": DistillRecipe,
+}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -268,7 +180,7 @@ def parse_recipe(text: str, name: str = "<recipe>", overrides: Sequence[str] = (
         from quantlab.recipe_yaml import explain
 
         raise RecipeError("\n".join(explain(error, KINDS[kind], places))) from None
-    assert isinstance(recipe, QuantizeRecipe | EvaluateRecipe)
+    assert isinstance(recipe, Recipe)
     return recipe
 
 

@@ -102,7 +102,7 @@ def explain(error: ValidationError, model: type[BaseModel], places: Places) -> l
         kind, said = item["type"], item["msg"]
         if kind == "value_error" and said.startswith("Value error, @"):  # from recipe.py: "@key: reason"
             name, _, reason = said.partition("@")[2].partition(": ")
-            key, said = (*key, name), reason
+            key, said = (*key, *name.split(".")), reason
         elif kind == "extra_forbidden":
             valid = _keys(model, key[:-1])
             near = nearest(str(key[-1]), valid)

@@ -41,6 +41,8 @@ MEASURED = (
 
 VERDICTS = ("ok", "wrong", "error", "timeout", "unparsed")
 
+Z_95 = 1.959963984540054  # two-sided 95 % of a standard normal
+
 
 @dataclass
 class Sample:
@@ -205,6 +207,19 @@ def mcnemar_exact(lost: int, gained: int) -> float:
         return 1.0
     tail = sum(math.comb(n, i) for i in range(k + 1))
     return min(1.0, 2 * tail / (1 << n))
+
+
+def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
+    """(low, high) of the Wilson score interval for a share of `successes` in `n`; (0, 1) where n is 0."""
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    scale = 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return low, high
 
 
 def rebuild_leaderboard(results_dir: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("paths", "progress"),
     ("errors",),
 )
-SAME = {"recipe_yaml": "recipe"}  # one piece in two files
+SAME = dict.fromkeys(("recipe_yaml", "recipe_parts", "recipe_distill"), "recipe")  # one piece in files
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 
 

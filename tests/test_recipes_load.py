@@ -1,38 +1,70 @@
 """Every YAML under recipes/ is a valid recipe, is headed by its command, and names files that exist."""
 
+import itertools
 import shlex
 from pathlib import Path
 
 import pytest
 
 from quantlab.commands.recipes import about
+from quantlab.distill.sweep import cells
 from quantlab.paths import bundled, find_source
-from quantlab.recipe import QuantizeRecipe, bundled_recipes, load_recipe
+from quantlab.recipe import DistillRecipe, QuantizeRecipe, bundled_recipes, load_recipe
+from quantlab.sql.dataset import parse_hub
 
-FILES = sorted(bundled("recipes").rglob("*.y*ml"))
+ROOT = bundled("recipes")
+FILES = sorted(ROOT.rglob("*.y*ml"))
 METHODS = {"none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq"}
+BOOK = sorted((ROOT / "book").glob("*.yaml"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix(""))
+
+
+def named_commands(path: Path) -> list[list[str]]:
+    """Words of the commands that stand in a recipe's comments after the first line."""
+    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+    text = "\n".join(lines[1:]).replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("quantlab ")]
+
+
+def overrides(words: list[str]) -> list[str]:
+    return [after for word, after in itertools.pairwise(words) if word == "--set"]
+
+
+def check_sources(recipe: DistillRecipe) -> None:
+    for source in (recipe.data.source, recipe.tasks.text2sql.data):
+        if source.startswith("hf:"):
+            assert parse_hub(source)[0]
+        else:
+            assert find_source(source).is_file()
 
 
 def test_every_file_is_found_by_name() -> None:
     assert sorted(bundled_recipes().values()) == FILES
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name)
 def test_loads_and_names_existing_sources(path: Path) -> None:
     recipe = load_recipe(path)
     for task in ("perplexity", "fidelity"):
         assert find_source(getattr(recipe.tasks, task).source).is_file()
     if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
         assert find_source(recipe.calibration.source).is_file()
+    if isinstance(recipe, DistillRecipe):
+        for cell in cells(recipe, path.name):
+            check_sources(cell.recipe)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name)
 def test_is_headed_by_its_command_and_what_to_expect(path: Path) -> None:
     first, second, third = path.read_text(encoding="utf-8").splitlines()[:3]
     words = shlex.split(first.removeprefix("# "))
-    assert (
-        words[:2] == ["quantlab", "quantize"] and words[2] == f"recipes/{path.name}" and words[3] == "--model"
-    )
+    recipe = load_recipe(path)
+    assert words[:3] == ["quantlab", "distill" if isinstance(recipe, DistillRecipe) else "quantize",
+                         f"recipes/{path.relative_to(ROOT).as_posix()}"]  # fmt: skip
+    assert (words[3:4] == ["--model"]) == isinstance(recipe, QuantizeRecipe)
     assert second.startswith("# ") and about(path) == second[2:]
     assert third.startswith("# Expect")
 
@@ -41,3 +73,40 @@ def test_every_method_has_a_recipe() -> None:
     recipes = [load_recipe(path) for path in FILES]
     assert {recipe.method for recipe in recipes if isinstance(recipe, QuantizeRecipe)} == METHODS
     assert any(isinstance(recipe, QuantizeRecipe) and recipe.double_quant for recipe in recipes)
+
+
+def test_the_book_has_four_tables() -> None:
+    assert [path.stem for path in BOOK] == ["base-models", "cleaned", "data-fraction", "lora-rank"]
+
+
+@pytest.mark.parametrize("path", BOOK, ids=name)
+def test_a_table_of_the_book_is_a_grid_and_runs_small_as_its_comment_says(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert isinstance(recipe, DistillRecipe)
+    grid = cells(recipe, path.name)
+    assert len(grid) > 1 and len({cell.label for cell in grid}) == len(grid)
+    assert all(cell.recipe.data.holdout_db == 1 for cell in grid)
+    (command,) = named_commands(path)
+    assert command[:3] == ["quantlab", "distill", f"recipes/book/{path.name}"]
+    small = load_recipe(path, overrides(command))
+    assert isinstance(small, DistillRecipe)
+    small_grid = cells(small, path.name)
+    assert len(small_grid) > 1
+    for cell in small_grid:
+        check_sources(cell.recipe)
+        assert cell.recipe.student.model == "embedded:base" and cell.recipe.train.max_steps
+        assert not cell.recipe.data.source.startswith("hf:") and cell.recipe.tasks.text2sql.data.endswith(
+            "dev.jsonl"
+        )
+
+
+def test_recipes_for_distillation() -> None:
+    teacher, embedded, heal = (
+        load_recipe(ROOT / f"{stem}.yaml") for stem in ("distill-ko-text2sql", "distill-embedded", "heal-nf4")
+    )
+    assert isinstance(teacher, DistillRecipe) and isinstance(embedded, DistillRecipe)
+    assert isinstance(heal, DistillRecipe)
+    assert teacher.teacher and teacher.judge and teacher.teacher.max_usd and teacher.judge.max_usd
+    assert embedded.teacher is None and embedded.judge is None  # offline
+    assert heal.train.logits and heal.train.logits.model == heal.student.model
+    assert (heal.student.mode, heal.train.loss, heal.data.format) == ("qlora", "forward_kl", "text")

@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,9 +48,16 @@ class Bench:
         free_memory()
 
     def measure(
-        self, work: Work, run: Run, ref: str | Path, baseline: Run | None, baseline_ref: str | None
+        self,
+        work: Work,
+        run: Run,
+        ref: str | Path,
+        baseline: Run | None,
+        baseline_ref: str | None,
+        before_end: Callable[[Run], None] | None = None,
     ) -> None:
-        """Run the tasks that `run` does not have yet on the model as stored at `ref`, then close the run."""
+        """Run the tasks that `run` does not have yet on the model as stored at `ref`, then close the run; `before_end`
+        is called just before that."""
         recipe, own_baseline = work.recipe, baseline_ref is None
         if work.is_baseline:
             subject = self.baseline(work.model, recipe.dtype)
@@ -81,6 +89,8 @@ class Bench:
             run.log("measured", task=task, seconds=seconds, metrics=result.metrics)
         if baseline is not None:
             run.row.update(compare(run, baseline))
+        if before_end is not None:
+            before_end(run)
         run.finish()
         del subject
         free_memory()
@@ -113,7 +123,17 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
     }
-    for package in ("torch", "transformers", "gptqmodel", "bitsandbytes", "sqlglot", "lm-eval", "numpy"):
+    for package in (
+        "torch",
+        "transformers",
+        "gptqmodel",
+        "bitsandbytes",
+        "peft",
+        "trl",
+        "sqlglot",
+        "lm-eval",
+        "numpy",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -19,7 +19,7 @@ from quantlab.calibration import read_texts
 from quantlab.errors import RecipeError
 from quantlab.models.files import DTYPE_BYTES, ModelFiles
 from quantlab.paths import file_digest, find_source, slug
-from quantlab.recipe import EvaluateRecipe, QuantizeRecipe, Recipe, load_recipe
+from quantlab.recipe import QuantizeRecipe, Recipe, load_recipe
 from quantlab.results import Run, read_runs
 
 WINDOWED = ("perplexity", "fidelity")  # tasks on windows of a text
@@ -54,14 +54,17 @@ class Work:
         return Run.read(self.directory) if (self.directory / "run.json").exists() else None
 
 
-def plan_work(name: str, recipe: Recipe, model: str, files: ModelFiles, results: Path) -> Work:
-    """Check the data of every task and name the run. Imports nothing heavy."""
+def plan_work(
+    name: str, recipe: Recipe, model: str, files: ModelFiles, results: Path, decides: Sequence[str] = ()
+) -> Work:
+    """Check the data of every task and name the run; `decides` are digests of what else decides the result. Imports
+    nothing heavy."""
     check_lengths(recipe, files)
     data = {task: digest for task in recipe.evaluate if (digest := data_digest(recipe, task))}
     sources = [f"{task}={digest}" for task, digest in sorted(data.items())]
     if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
         sources.append("calibration=" + text_digest(recipe.calibration.source))
-    short = short_hash([recipe.digest(), files.digest, *sources])[:8]
+    short = short_hash([recipe.digest(), files.digest, *sources, *decides])[:8]
     row = {
         "run_id": f"{slug(model)}-{slug(name)}-{short}",
         "model": model,
@@ -140,9 +143,11 @@ def stored_bits(files: ModelFiles) -> int:
 def stored_as(files: ModelFiles) -> dict[str, Any]:
     """stage, method, bits, group_size and format of a model as its own files say."""
     config = files.quantized
+    made = provenance(files.path)
     if config is None:
-        return {"stage": "base", "method": "none", "bits": stored_bits(files), "params": files.params}
-    recipe = provenance(files.path).get("recipe", {})
+        stage = "student" if made.get("kind") == "distill" else "base"
+        return {"stage": stage, "method": "none", "bits": stored_bits(files), "params": files.params}
+    recipe = made.get("recipe", {})
     kind = str(config.get("quant_method", ""))
     if kind == "bitsandbytes":
         four = bool(config.get("load_in_4bit"))
@@ -162,7 +167,7 @@ def stored_as(files: ModelFiles) -> dict[str, Any]:
 
 def serves_as_baseline(candidate: Recipe, recipe: Recipe) -> bool:
     """Whether `candidate` measures the untouched model in the same way wherever `recipe` is compared with it."""
-    plain = isinstance(candidate, EvaluateRecipe) or candidate.method == "none"
+    plain = not isinstance(candidate, QuantizeRecipe) or candidate.method == "none"
     return (
         plain
         and candidate.dtype == recipe.dtype
@@ -175,9 +180,11 @@ def serves_as_baseline(candidate: Recipe, recipe: Recipe) -> bool:
 
 
 def find_baseline(work: Work, model_digest: str) -> Run | None:
-    """A finished run of the untouched model with that digest that serves as the baseline of `work`."""
+    """A finished run of the untouched model with that digest that serves as the baseline of `work`; for a student,
+    also the run that made and measured it."""
     for run in read_runs(work.results):
-        if run.row.get("model_digest") != model_digest or run.row.get("stage") != "base":
+        measured = run.record.get("output_digest") or run.row.get("model_digest")
+        if measured != model_digest or run.row.get("stage") not in ("base", "student"):
             continue
         same = all(run.record.get("data", {}).get(t) == work.data[t] for t in COMPARED if t in work.data)
         if same and serves_as_baseline(load_recipe(run.directory / "recipe.yaml"), work.recipe):

@@ -128,6 +128,11 @@ def open_files(ref: str | Path) -> ModelFiles:
         )
     config = _read_json(config_file)
     files = _weight_files(name, path)
+    adapter = (
+        path / "adapter_model.safetensors"
+    )  # low-rank weights beside the model's own: transformers adds them
+    if adapter.is_file():
+        files.append(adapter)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         tensors.update(read_header(file))

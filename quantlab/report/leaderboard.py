@@ -15,6 +15,7 @@ from quantlab.paths import nearest, slug
 from quantlab.results import COLUMNS
 
 Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str], bool]
 
 # Columns where more is better; every other number is better small.
 DESCENDING = {
@@ -76,7 +77,7 @@ def flipped(row: Row) -> str:
 
 
 # Title, how a row's cell is written, and whether it is a number. The whole row is in leaderboard.csv.
-SHOWN: Sequence[tuple[str, Callable[[Row], str], bool]] = (
+SHOWN: Sequence[Column] = (
     ("recipe", recipe_name, False),
     ("model", lambda row: str(row.get("model") or ""), False),
     ("bits/w", lambda row: number(row.get("bits_per_weight"), "{:.2f}"), True),

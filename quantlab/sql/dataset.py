@@ -43,8 +43,16 @@ class Item:
         return (self.answer, *self.alternatives)
 
 
-def load_items(source: str, limit: int | None = None) -> list[Item]:
-    """The rows of `source`; DataError for a row that lacks or garbles something.
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is no Item; `where` is "file:line"."""
+
+    where: str
+    reason: str
+
+
+def load_items(source: str, limit: int | None = None, bad: list[BadRow] | None = None) -> list[Item]:
+    """The rows of `source`; DataError for a row that lacks or garbles something, unless `bad` collects such rows.
 
     A `limit` takes that many rows at even distances, not the first ones: files are often sorted by database.
     """
@@ -55,9 +63,18 @@ def load_items(source: str, limit: int | None = None) -> list[Item]:
         rows, name, folder = _file_rows(path), str(path), path.parent
     if limit is not None and limit < len(rows):
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
-    items = [parse_row(row, where, folder) for where, row in rows]
+    items = []
+    for where, row in rows:
+        try:
+            items.append(parse_row(row, where, folder))
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append(BadRow(where, str(error)))
     if not items:
-        raise DataError(f"{name}: no rows")
+        raise DataError(
+            f"{name}: no rows", hint=f"{len(bad)} rows cannot be read; {bad[0].reason}" if bad else ""
+        )
     _check_ids(items, name)
     return items
 

@@ -1,0 +1,149 @@
+"""`quantlab distill`: a recipe (or every cell of its sweep) → cleaned rows → a trained student → before and after.
+
+The teacher's answers are in the ledger, the cleaned rows in `results/data/`, the training's checkpoints beside the
+student's directory, the measurements in the run: whatever was finished is not done again with --resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantlab.commands.guard import print_json, stdout_is_stderr
+from quantlab.distill.sweep import Cell, cells
+from quantlab.errors import RecipeError
+from quantlab.progress import Progress, Silent, default_progress
+from quantlab.recipe import DistillRecipe, find_recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, parsed."""
+
+    out: Path | None = None
+    results: Path = Path("results")
+    ledger: Path | None = None
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    resume: bool = False
+    dry_run: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def book(self) -> Path:
+        return self.ledger or self.results / "ledger.sqlite"
+
+
+def run(name: str, options: Options, *, as_json: bool = False) -> None:
+    """The verb."""
+    path = find_recipe(name)
+    recipe = load_recipe(path, options.overrides)
+    if not isinstance(recipe, DistillRecipe):
+        raise RecipeError(f"{path}: kind: {recipe.kind} is not for `quantlab distill`")
+    first = is_first_process()
+    with stdout_is_stderr():
+        progress = default_progress() if first else Silent()
+        summary = distill(path.stem, recipe, options, progress)
+    if first:
+        show(summary, as_json=as_json)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks and writes, of those that `accelerate launch` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def distill(name: str, recipe: DistillRecipe, options: Options, progress: Progress) -> dict[str, Any]:
+    """Everything between the command line and its last line; returns the summary."""
+    from quantlab.commands.distill_cell import dry_run, run_cell
+    from quantlab.commands.quantize import check_device
+
+    check_device(options.device)
+    label = f"{name}-{recipe.digest()[:6]}" if options.overrides else name
+    found = cells(recipe, name)
+    if options.dry_run:
+        return {"status": "dry-run", "recipe": name, "cells": [dry_run(label, c, options) for c in found]}
+    outcomes = []
+    for number, cell in enumerate(found, start=1):
+        if len(found) > 1 and is_first_process():
+            progress.note(f"cell {number} of {len(found)}: {cell.label}")
+        outcomes.append(run_cell(label, cell, options, progress))
+        if recipe.sweep and is_first_process():
+            _write_sweep(name, recipe, found[:number], outcomes, options)
+    if not is_first_process():
+        return {}
+    from quantlab.results import rebuild_leaderboard
+
+    used = {outcome["run_id"] for outcome in outcomes} | {outcome["base_run_id"] for outcome in outcomes}
+    rows = [row for row in rebuild_leaderboard(options.results) if row["run_id"] in used]
+    return {
+        "status": "done",
+        "recipe": name,
+        "rows": rows,
+        "cells": outcomes,
+        "leaderboard": str(options.results / "leaderboard.csv"),
+        "sweep": str(_sweep_folder(name, recipe, options)) if recipe.sweep else None,
+    }
+
+
+def _sweep_folder(name: str, recipe: DistillRecipe, options: Options) -> Path:
+    axes = json.dumps([recipe.digest(), recipe.sweep], sort_keys=True)
+    return options.results / "sweeps" / f"{name}-{hashlib.sha256(axes.encode()).hexdigest()[:8]}"
+
+
+def _write_sweep(
+    name: str, recipe: DistillRecipe, done: list[Cell], outcomes: list[dict[str, Any]], options: Options
+) -> None:
+    """The plots and the table of a sweep, as far as it has come."""
+    from quantlab.report.sweep_plots import write_sweep
+    from quantlab.results import rebuild_leaderboard
+
+    rows = {row["run_id"]: row for row in rebuild_leaderboard(options.results)}
+    cells_rows = [
+        rows[outcome["run_id"]] | dict(cell.point) for cell, outcome in zip(done, outcomes, strict=True)
+    ]
+    bases = [rows[run_id] for run_id in {outcome["base_run_id"] for outcome in outcomes} if run_id in rows]
+    write_sweep(_sweep_folder(name, recipe, options), recipe.sweep, cells_rows, bases=bases, title=name)
+
+
+def show(summary: dict[str, Any], *, as_json: bool) -> None:
+    """The summary for people, or as one JSON document."""
+    if as_json:
+        print_json(summary)
+        return
+    if summary["status"] == "dry-run":
+        for cell in summary["cells"]:
+            _show_plan(cell)
+        return
+    from quantlab.report.leaderboard import print_table
+
+    for outcome in summary["cells"]:
+        if outcome["label"]:
+            print(f"\n== {outcome['label']}")
+        for part in ("cleaning", "spent", "training", "comparison"):
+            if outcome[part]:
+                print(f"\n{outcome[part]}")
+    print()
+    print_table(summary["rows"])
+    for outcome in summary["cells"]:
+        print(f"student{' ' + outcome['label'] if outcome['label'] else ''}: {outcome['checkpoint']}")
+    print(f"leaderboard: {summary['leaderboard']}")
+    if summary["sweep"]:
+        print(f"plots of the sweep: {summary['sweep']}/sweep.html")
+
+
+def _show_plan(cell: dict[str, Any]) -> None:
+    title = cell["label"] or cell["student"]
+    print(f"{title}: {', '.join(cell['steps']) or 'nothing left to do'}; run {cell['run_id']}")
+    for name, cost in cell["estimates"].items():
+        print(
+            f"  {name}: {cost['requests']:,} requests ({cost['cached']:,} more are in the ledger), "
+            f"{cost['input_tokens']:,} tokens in, {cost['output_tokens']:,} out, {cost['usd']:.4f} USD"
+        )
+        if cost["basis"]:
+            print(f"    {cost['basis']}")
+    print(f"  rows: {cell['rows']:,} in {cell['source']}; student: {cell['checkpoint']}")

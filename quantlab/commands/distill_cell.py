@@ -1,0 +1,410 @@
+"""One recipe without a sweep, from rows to a measured student. Every stage finds what an earlier attempt finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantlab import __version__
+from quantlab.commands.work import (
+    Work,
+    find_baseline,
+    plan_work,
+    provenance,
+    refuse_existing,
+    short_hash,
+    start_run,
+    stored_as,
+    text_digest,
+)
+from quantlab.distill.sweep import Cell
+from quantlab.errors import RecipeError
+from quantlab.models.files import ModelFiles, open_files
+from quantlab.paths import atomic_write_text, slug
+from quantlab.progress import Progress
+from quantlab.quant.checkpoint import partial_path
+from quantlab.recipe import DistillRecipe, QuantizeRecipe
+from quantlab.results import Run, rebuild_leaderboard
+
+if TYPE_CHECKING:
+    from quantlab.commands.distill import Options
+
+
+@dataclass
+class Plan:
+    """What one cell will do. `work` is the student's run, `base` that of the model it starts from."""
+
+    cell: Cell
+    recipe: DistillRecipe
+    files: ModelFiles
+    work: Work
+    base: Work
+    out: Path
+    made: bool  # the student is there already
+    measured: bool
+
+
+def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
+    """Names, digests and directories, refused where something is in the way. Imports nothing heavy."""
+    recipe = cell.recipe
+    files = open_files(recipe.student.model)
+    label = f"{name}-{cell.label}" if cell.label else name
+    decides = [_source_digest(recipe)]
+    if recipe.train.logits is not None:
+        decides.append(open_files(recipe.train.logits.model).digest)
+    work = plan_work(label, recipe, recipe.student.model, files, options.results, decides)
+    bits = stored_as(files)["bits"]
+    work.row.update(stage="student", method=recipe.student.mode, bits=bits, format="none")
+    plain = QuantizeRecipe(method="none", dtype=recipe.dtype, evaluate=recipe.evaluate, tasks=recipe.tasks)
+    base = plan_work("none", plain, recipe.student.model, files, options.results)
+    base.row.update(
+        {"params": files.params if files.quantized is None else None},
+        **(stored_as(files) | {"parent": provenance(files.path).get("parent")}),
+    )
+    root = options.out or Path("checkpoints") / slug(recipe.student.model)
+    out = (root / cell.label if cell.label else root) if options.out else root / label
+    made = _is_ours(out, work, options)
+    found = work.existing()
+    if found is not None and not options.resume:
+        refuse_existing(work, found)
+    return Plan(cell, recipe, files, work, base, out, made, made and found is not None and found.done)
+
+
+def _source_digest(recipe: DistillRecipe) -> str:
+    """What decides the rows: the source's content, and what is asked about it is in the recipe's digest."""
+    from quantlab.distill.prepare import evaluated_items, read_source
+    from quantlab.sql.dataset import digest
+
+    if recipe.data.format == "text":
+        return text_digest(recipe.data.source)
+    if recipe.data.source.startswith("hf:"):
+        return short_hash([recipe.data.source])
+    parts = [digest(read_source(recipe).items), digest(evaluated_items(recipe))]
+    if recipe.teacher is not None and recipe.teacher.model.startswith("file:"):
+        from quantlab.paths import file_digest, find_source
+
+        parts.append(file_digest(find_source(recipe.teacher.model.removeprefix("file:"))))
+    return short_hash(parts)
+
+
+def _is_ours(out: Path, work: Work, options: Options) -> bool:
+    """Whether `out` holds this very student; anything else there is refused."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    found = provenance(out)
+    if not options.resume:
+        goes_on = "--resume goes on; " if found else ""
+        raise RecipeError(f"{out} already holds something", hint=f"{goes_on}--out writes elsewhere")
+    if found.get("run_id") != work.run_id:
+        raise RecipeError(
+            f"{out} holds something that this recipe, model and data did not make",
+            hint="--out writes elsewhere",
+        )
+    return True
+
+
+def dry_run(name: str, cell: Cell, options: Options) -> dict[str, Any]:
+    """What the cell would do and cost; no network, nothing written."""
+    from quantlab.distill.prepare import estimates, read_source
+
+    plan = plan_cell(name, cell, options)
+    text = plan.recipe.data.format == "text"
+    items = [] if text else read_source(plan.recipe).items
+    costs = {} if plan.made or text else estimates(plan.recipe, items, options.book)
+    steps = [] if plan.measured else ["measure the base", "measure the student"]
+    if not plan.made:
+        steps = ["prepare the rows", f"train ({plan.recipe.student.mode})", *steps]
+    return {
+        "label": cell.label,
+        "student": plan.recipe.student.model,
+        "steps": steps,
+        "run_id": plan.work.run_id,
+        "checkpoint": str(plan.out),
+        "source": plan.recipe.data.source,
+        "rows": len(items),
+        "estimates": {key: asdict(value) for key, value in costs.items()},
+    }
+
+
+def run_cell(name: str, cell: Cell, options: Options, progress: Progress) -> dict[str, Any]:
+    """Prepare, train, save, measure; what is there already is kept."""
+    plan = plan_cell(name, cell, options)
+    together = _Processes(options)
+    if not plan.made:
+        _make(plan, options, progress, together)
+    together.wait()
+    if not together.first:
+        return {}
+    return _measure(plan, options, progress)
+
+
+class _Processes:
+    """The processes of `accelerate launch`: one prepares and measures, all train."""
+
+    def __init__(self, options: Options) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.first = int(os.environ.get("RANK", "0")) == 0
+        self._state: Any = None
+        if self.count > 1:
+            from accelerate import PartialState
+
+            # While the first one asks a teacher, the others wait: for days if need be.
+            self._state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=7))
+
+    def wait(self) -> None:
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+
+def _make(plan: Plan, options: Options, progress: Progress, together: _Processes) -> None:
+    """Rows, training, merging, and the student's directory moved into place."""
+    from quantlab.distill.student import trainable
+
+    recipe, partial = plan.recipe, partial_path(plan.out)
+    started = time.perf_counter()
+    if together.first:
+        _open_partial(partial, plan.work, options)
+        rows = _rows(plan, options, progress)
+    together.wait()
+    if not together.first:
+        rows = _rows(plan, options, progress)
+    from quantlab.distill.train import train
+
+    student = _open(plan, options)
+    blocks, evaluated, settings, logits, counts = _lay_out(plan, student, rows, options, progress)
+    if together.first and counts["too_long"]:
+        progress.note(f"{counts['too_long']} rows are longer than {recipe.train.max_len} tokens, left out")
+    size = trainable(student.model)
+    trained = train(
+        student, blocks, evaluated, settings, partial / "training", progress, logits, plan.work.name
+    )
+    if not together.first:
+        return
+    record = {
+        "kind": "distill",
+        "quantlab_version": __version__,
+        "run_id": plan.work.run_id,
+        "recipe": recipe.content(),
+        "recipe_digest": recipe.digest(),
+        "parent": recipe.student.model,
+        "parent_digest": plan.files.digest,
+        "data": rows["record"] | counts,
+        "training": asdict(trained) | {"trainable": size, "precision": student.precision},
+    }
+    with progress.task("saving the student"):
+        record["saved"] = _save(student, plan, partial / "student")
+    record["seconds"] = round(time.perf_counter() - started, 1)
+    atomic_write_text(
+        partial / "student" / "quantlab.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    )
+    plan.out.parent.mkdir(parents=True, exist_ok=True)
+    if plan.out.is_dir():
+        plan.out.rmdir()  # empty, or it would have been refused
+    os.replace(partial / "student", plan.out)
+    shutil.rmtree(partial)
+
+
+def _open_partial(partial: Path, work: Work, options: Options) -> None:
+    """The directory of the unfinished student; one of another recipe, or without --resume, is begun anew."""
+    marker = partial / "resume.json"
+    key = {"run_id": work.run_id}
+    if marker.is_file() and options.resume and json.loads(marker.read_text(encoding="utf-8")) == key:
+        shutil.rmtree(partial / "student", ignore_errors=True)
+        return
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    atomic_write_text(marker, json.dumps(key))
+
+
+def _rows(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]:
+    """`items` or `texts`, and the `record` of how they came about."""
+    recipe = plan.recipe
+    if recipe.data.format == "text":
+        from quantlab.calibration import read_texts
+
+        texts = read_texts(recipe.data.source)[: recipe.data.limit]
+        digest = text_digest(recipe.data.source)
+        return {
+            "texts": texts,
+            "record": {"source": recipe.data.source, "rows": len(texts), "digest": digest},
+        }
+    from quantlab.distill.prepare import prepare
+
+    prepared = prepare(recipe, options.book, options.results / "data", progress)
+    return {"items": prepared.items, "record": prepared.record, "rejected": prepared.rejected}
+
+
+def _open(plan: Plan, options: Options) -> Any:
+    from quantlab.distill.student import open_student
+
+    student = plan.recipe.student
+    return open_student(
+        student.model,
+        mode=student.mode,
+        r=student.lora.r,
+        alpha=student.lora.alpha,
+        dropout=student.lora.dropout,
+        targets=student.lora.targets,
+        rslora=student.lora.rslora,
+        device=options.device,
+        precision=plan.recipe.train.precision,
+        seed=plan.recipe.train.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _lay_out(
+    plan: Plan, student: Any, rows: dict[str, Any], options: Options, progress: Progress
+) -> tuple[Any, Any, Any, Any, dict[str, int]]:
+    """Blocks to train on, blocks to evaluate on, the trainer's settings, the KL loss, and what was counted."""
+    from quantlab.distill.data import encode, encode_texts, pack, split_off
+    from quantlab.distill.train import Settings
+
+    recipe, train = plan.recipe, plan.recipe.train
+    if recipe.data.format == "text":
+        examples = encode_texts(rows["texts"], student.tokenizer, train.max_len)
+        too_long: list[str] = []
+    else:
+        examples, too_long = encode(rows["items"], student.tokenizer, train.max_len)
+    learned, kept = split_off(examples, train.eval_share, train.seed)
+    logits = _logits(plan, student, examples, options, progress) if train.logits is not None else None
+    packed = train.packing != "none"
+    settings = Settings(
+        epochs=train.epochs,
+        max_steps=train.max_steps,
+        lr=train.lr,
+        schedule=train.schedule,
+        warmup=train.warmup,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
+        packed=packed,
+        checkpointing=train.checkpointing,
+        optimizer=train.optimizer,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        eval_every=train.eval_every,
+        patience=train.patience,
+        save_every=train.save_every,
+        seed=train.seed,
+        report_to=tuple(train.report_to),
+    )
+    blocks = pack(learned, train.packing, train.max_len, train.seed)
+    held = pack(kept, train.packing, train.max_len, train.seed)
+    counts = {
+        "too_long": len(too_long),
+        "examples": len(learned),
+        "eval_examples": len(kept),
+        "blocks": len(blocks),
+        "block_tokens": sum(map(len, blocks)),
+    }
+    return blocks, held, settings, logits, counts
+
+
+def _logits(plan: Plan, student: Any, examples: Any, options: Options, progress: Progress) -> Any:
+    """The teacher's log-probabilities on the examples, gathered where the store lacks them."""
+    from quantlab.distill.logits import gather_logits, same_vocabulary, vocabulary_digest
+    from quantlab.distill.train import LogitLoss
+    from quantlab.models.load import load_subject
+
+    wish = plan.recipe.train.logits
+    assert wish is not None
+    files = open_files(wish.model)
+    teacher = load_subject(
+        wish.model,
+        device=options.device,
+        dtype="float32" if student.device == "cpu" else "auto",
+        trust_remote_code=options.trust_remote_code,
+    )
+    size = same_vocabulary(teacher.tokenizer, student.tokenizer, teacher.model.config, student.model.config)
+    vocabulary = vocabulary_digest(teacher.tokenizer)
+    top_k = min(wish.top_k, size)
+    name = short_hash([files.digest, vocabulary, str(top_k), str(wish.temperature), str(size)])
+    store = gather_logits(
+        teacher.model,
+        [(example.tokens, example.positions()) for example in examples],
+        options.results / "logits" / name,
+        top_k=top_k,
+        temperature=wish.temperature,
+        batch_tokens=4096,
+        device=student.device,
+        identity={"teacher": files.digest, "tokenizer": vocabulary},
+        progress=progress,
+        vocabulary=size,
+    )
+    return LogitLoss(
+        lambda example: store.lookup(store.number(example.tokens, example.positions())),
+        plan.recipe.train.loss,
+        size,
+        wish.temperature,
+        wish.weight,
+        wish.beta,
+    )
+
+
+def _save(student: Any, plan: Plan, out: Path) -> dict[str, Any]:
+    """Merge and save, or save the adapter beside the quantized base; says which, and how exact it is."""
+    from quantlab.distill.student import merged, probe, save_adapted, save_merged, settle
+
+    wish = plan.recipe.student.merge
+    apart = student.adapted and (plan.files.quantized is not None if wish is None else not wish)
+    if apart:
+        save_adapted(student, out)
+        return {"merged": False}
+    before = probe(settle(student))
+    model = merged(student)
+    error = float((probe(model) - before).abs().max())
+    dtype = plan.recipe.dtype if plan.recipe.dtype != "auto" else _stored_dtype(plan.files)
+    save_merged(model, student.tokenizer, out, dtype)
+    return {"merged": True, "dtype": dtype, "largest_logit_difference_before_rounding": error}
+
+
+def _stored_dtype(files: ModelFiles) -> str:
+    stored = files.config.get("dtype") or files.config.get("torch_dtype") or "float32"
+    return stored if stored in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _measure(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]:
+    """Base and student on the same items, the comparison, the card; returns what the summary shows."""
+    from quantlab.commands.distill_report import add_comparison, describe
+    from quantlab.commands.measure import Bench
+    from quantlab.report.student_card import write_student_card
+
+    bench = Bench(options.device, options.trust_remote_code, progress)
+    base = find_baseline(plan.work, plan.files.digest) or plan.base.existing()
+    if base is None or not base.done:
+        base = base or start_run(plan.base)
+        base.row["work_seconds"] = 0.0
+        bench.measure(plan.base, base, plan.recipe.student.model, None, None)
+    made = provenance(plan.out)
+    run = plan.work.existing()
+    if run is None or not run.done:
+        run = run or start_run(plan.work)
+        run.row["work_seconds"] = made.get("seconds")
+        run.record["checkpoint"] = str(plan.out)
+        run.record["output_digest"] = open_files(plan.out).digest
+        run.record["data_prepared"] = made.get("data")
+        run.record["training"] = made.get("training")
+        _keep_rejected(plan, run, options)
+
+        def before_end(run: Run) -> None:
+            add_comparison(run, base, plan.recipe, options.book, progress)
+
+        bench.measure(plan.work, run, plan.out, base, plan.recipe.student.model, before_end)
+    rebuild_leaderboard(options.results)
+    write_student_card(plan.out, run.row, run.record.get("before_after"))
+    return describe(plan.cell.label, run, base, made, plan.out)
+
+
+def _keep_rejected(plan: Plan, run: Run, options: Options) -> None:
+    """A copy of what cleaning took out, with the run."""
+    digest = (run.record["data_prepared"] or {}).get("digest", "")
+    rejected = options.results / "data" / digest / "rejected.jsonl"
+    if digest and rejected.is_file():
+        shutil.copyfile(rejected, run.directory / "rejected.jsonl")

@@ -1,0 +1,1 @@
+"""Distillation: what a student learns from, how it is trained, and sweeps over it."""

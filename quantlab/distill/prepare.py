@@ -1,0 +1,314 @@
+"""From a source of rows to the rows that are learned: teacher, cleaning, fraction.
+
+    read the source → leave out the held-out database → ask the teacher → clean → take a fraction
+
+The result of everything but the last step is kept in a directory named by what decides it, so the cells of a sweep and
+a resumed run share it; the teacher's and the judge's answers are in the ledger besides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import DataError, QuantlabError
+from quantlab.paths import atomic_write_text
+from quantlab.progress import Progress
+from quantlab.recipe import DistillRecipe
+from quantlab.recipe_distill import Judge, Teacher
+from quantlab.results import read_jsonl, write_jsonl
+from quantlab.sql.dataset import BadRow, Item, digest, load_items, parse_row
+from quantlab.teacher.client import Gathered, gather
+from quantlab.teacher.estimate import Counter, Estimate, estimate
+from quantlab.teacher.filters import Rejected, clean, summary_table, write_rejected
+from quantlab.teacher.ledger import Ledger, Request
+from quantlab.teacher.prompts import answer_request, load_prompt, parse_answer
+from quantlab.teacher.questions import (
+    Planned,
+    contexts_of,
+    plan_writing,
+    unusable_pairs,
+    written_items,
+)
+from quantlab.teacher.verdicts import Verdict, collect_verdicts, judge_requests, unusable_verdict
+
+BUNDLED = "ko_text2sql"  # its own test and development rows are kept out whatever is evaluated
+
+
+class Stopped(QuantlabError):
+    """A budget ended the gathering; what was answered is in the ledger."""
+
+
+@dataclass
+class Prepared:
+    """``items`` are learned. ``record`` is what the run keeps: counts of every rule, spending."""
+
+    items: list[Item]
+    record: dict[str, Any]
+    rejected: Path | None = None
+    table: str = ""
+
+
+@dataclass
+class _Rows:
+    items: list[Item]
+    bad: list[BadRow] = field(default_factory=list)
+    held_out: int = 0
+
+
+def read_source(recipe: DistillRecipe) -> _Rows:
+    """The rows of ``data.source`` without those of the held-out database; unreadable ones apart."""
+    bad: list[BadRow] = []
+    items = load_items(recipe.data.source, recipe.data.limit, bad)
+    left_out = str(recipe.data.holdout_db) if recipe.data.holdout_db is not None else None
+    kept = [item for item in items if item.db_id != left_out]
+    if not kept:
+        raise DataError(f"{recipe.data.source}: every row is of the held-out database {left_out}")
+    return _Rows(kept, bad, len(items) - len(kept))
+
+
+def evaluated_items(recipe: DistillRecipe) -> list[Item]:
+    """Items that a training row must not be close to."""
+    sources = {recipe.tasks.text2sql.data}
+    if recipe.data.source.startswith(BUNDLED):
+        sources |= {f"{BUNDLED}/test.jsonl", f"{BUNDLED}/dev.jsonl"}
+    found: list[Item] = []
+    for source in sorted(sources):
+        found += load_items(source)
+    return found
+
+
+def prepared_digest(recipe: DistillRecipe, items: Sequence[Item], evaluated: Sequence[Item]) -> str:
+    """Names what decides the cleaned rows: the source's content, teacher, judge, rules, the evaluated items."""
+    content = recipe.content()
+    parts = {
+        "data": {k: v for k, v in content["data"].items() if k not in ("fraction", "seed")},
+        "teacher": _what_answers(recipe.teacher),
+        "judge": _what_answers(recipe.judge) if "judge" in recipe.data.filters else None,
+        "items": digest(items),
+        "evaluated": digest(evaluated),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _what_answers(endpoint: Teacher | Judge | None) -> dict[str, Any] | None:
+    """The keys of an endpoint that change its answers; budgets and patience do not."""
+    if endpoint is None:
+        return None
+    keys = {"model", "language", "temperature", "max_tokens", "task", "write"}
+    return {key: value for key, value in endpoint.model_dump(mode="json").items() if key in keys}
+
+
+def prepare(recipe: DistillRecipe, ledger: Path, folder: Path, progress: Progress) -> Prepared:
+    """The rows to learn, from ``folder/<digest>`` when they were prepared before.
+
+    Raises:
+        Stopped: a budget ended it. DataError: the source is bad, or nothing is left after cleaning.
+    """
+    rows = read_source(recipe)
+    evaluated = evaluated_items(recipe)
+    place = folder / prepared_digest(recipe, rows.items, evaluated)
+    if not (place / "cleaning.json").is_file():
+        _prepare(recipe, rows, evaluated, ledger, place, progress)
+    record = json.loads((place / "cleaning.json").read_text(encoding="utf-8"))
+    items = [
+        parse_row(row, f"{place / 'train.jsonl'}:{number}")
+        for number, row in enumerate(read_jsonl(place / "train.jsonl"), start=1)
+    ]
+    chosen = take_fraction(items, recipe.data.fraction, recipe.data.seed)
+    if not chosen:
+        raise DataError(
+            f"{recipe.data.source}: no row is left to learn from\n{record['table']}",
+            hint=f"{place / 'rejected.jsonl'} says why each was taken out",
+        )
+    record = record | {"digest": place.name, "learned": len(chosen), "fraction": recipe.data.fraction}
+    return Prepared(chosen, record, place / "rejected.jsonl", record["table"])
+
+
+def _prepare(
+    recipe: DistillRecipe,
+    rows: _Rows,
+    evaluated: Sequence[Item],
+    ledger: Path,
+    place: Path,
+    progress: Progress,
+) -> None:
+    items = rows.items
+    lost: list[Rejected] = []
+    spent: list[dict[str, Any]] = []
+    if recipe.teacher is not None:
+        items, lost, gathered = ask_teacher(items, recipe.teacher, ledger, recipe.data.seed, progress)
+        spent.append({"for": recipe.teacher.task, "model": recipe.teacher.model, **_spending(gathered)})
+
+    def verdicts(left: Sequence[Item]) -> dict[str, Verdict]:
+        assert recipe.judge is not None
+        found, gathered = ask_judge(left, recipe.judge, ledger, progress)
+        spent.append({"for": "judge", "model": recipe.judge.model, **_spending(gathered)})
+        return found
+
+    cleaned = clean(
+        items,
+        recipe.data.filters,
+        evaluated=evaluated,
+        dedup=recipe.data.dedup,
+        near_duplicate=recipe.data.near_duplicate,
+        leakage=recipe.data.leakage,
+        verdicts=verdicts if "judge" in recipe.data.filters else None,
+        progress=progress,
+    )
+    total = cleaned.total + len(lost) + len(rows.bad)
+    counts = {"unreadable": len(rows.bad), "no answer": len(lost)} | cleaned.counts
+    if not rows.bad:
+        counts.pop("unreadable")
+    if recipe.teacher is None:
+        counts.pop("no answer")
+    place.mkdir(parents=True, exist_ok=True)
+    write_rejected(place / "rejected.jsonl", [*_unread(rows.bad), *lost, *cleaned.rejected])
+    write_jsonl(place / "train.jsonl", [_row(item) for item in cleaned.kept])
+    record = {
+        "source": recipe.data.source,
+        "rows": total,
+        "held_out": rows.held_out,
+        "counts": counts,
+        "unchecked": cleaned.unchecked,
+        "kept": len(cleaned.kept),
+        "evaluated": len(evaluated),
+        "spent": spent,
+        "table": summary_table(counts, total, cleaned.unchecked),
+    }
+    atomic_write_text(place / "cleaning.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def _unread(bad: Sequence[BadRow]) -> list[Rejected]:
+    return [Rejected(Item(row.where, "", "", "", ""), "unreadable", row.reason) for row in bad]
+
+
+def _row(item: Item) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "db_id": item.db_id,
+        "context": item.context,
+        "question": item.question,
+        "answer": item.answer,
+    } | {key: item.extra[key] for key in ("level", "kind") if key in item.extra}
+
+
+def _spending(gathered: Gathered) -> dict[str, Any]:
+    return asdict(gathered.spending) | {"failed": len(gathered.failed)}
+
+
+def take_fraction(items: Sequence[Item], fraction: float, seed: int) -> list[Item]:
+    """That share of the rows, drawn at random; what a smaller share draws, a larger one with the same seed has too."""
+    if fraction == 1:
+        return list(items)
+    order = list(range(len(items)))
+    random.Random(seed).shuffle(order)
+    chosen = sorted(order[: round(fraction * len(items))])
+    return [items[index] for index in chosen]
+
+
+def teacher_requests(
+    items: Sequence[Item], teacher: Teacher, seed: int
+) -> tuple[list[Request], list[Planned]]:
+    """What the teacher is asked; the plan is empty for the task ``answer``."""
+    prompt = load_prompt(teacher.task, teacher.language)
+    if teacher.task == "write":
+        plan = plan_writing(
+            contexts_of(items),
+            teacher.write.count,
+            {str(level): share for level, share in teacher.write.levels.items()},
+            prompt=prompt,
+            per_request=teacher.write.per_request,
+            seed=seed,
+            temperature=teacher.temperature,
+        )
+        return [planned.request for planned in plan], plan
+    return [
+        answer_request(
+            prompt,
+            item.context,
+            item.question,
+            max_tokens=teacher.max_tokens,
+            temperature=teacher.temperature,
+            label=item.id,
+        )
+        for item in items
+    ], []
+
+
+def ask_teacher(
+    items: Sequence[Item], teacher: Teacher, ledger: Path, seed: int, progress: Progress
+) -> tuple[list[Item], list[Rejected], Gathered]:
+    """Rows with the teacher's answers (or its own questions), and those it gave none for."""
+    requests, plan = teacher_requests(items, teacher, seed)
+    accept = unusable_pairs if teacher.task == "write" else None
+    gathered = gather(requests, teacher, ledger, progress, accept=accept, purpose=teacher.task)
+    if gathered.stopped:
+        raise Stopped(f"the teacher {teacher.model}: {gathered.stopped}")
+    texts = [answer.text if answer else None for answer in gathered.answers]
+    if teacher.task == "write":
+        return written_items(plan, texts), [], gathered
+    answered, lost = [], []
+    for number, (item, text) in enumerate(zip(items, texts, strict=True)):
+        sql = parse_answer(text) if text is not None else None
+        if sql:
+            answered.append(replace(item, answer=sql, alternatives=()))
+        else:
+            reason = gathered.failed.get(number) or f"no SQL in the reply: {(text or '')[:200]!r}"
+            lost.append(Rejected(item, "no answer", reason))
+    return answered, lost, gathered
+
+
+def ask_judge(
+    items: Sequence[Item],
+    judge: Judge,
+    ledger: Path,
+    progress: Progress,
+    predicted: dict[str, str] | None = None,
+) -> tuple[dict[str, Verdict], Gathered]:
+    """Item id → verdict on the item's own answer, or on what was ``predicted`` for it."""
+    requests = _judge_requests(items, judge, predicted)
+    gathered = gather(requests, judge, ledger, progress, accept=unusable_verdict, purpose="judge")
+    if gathered.stopped:
+        raise Stopped(f"the judge {judge.model}: {gathered.stopped}")
+    texts = [answer.text if answer else None for answer in gathered.answers]
+    return collect_verdicts(items, texts), gathered
+
+
+def _judge_requests(items: Sequence[Item], judge: Judge, predicted: dict[str, str] | None) -> list[Request]:
+    return judge_requests(
+        load_prompt("judge", judge.language),
+        items,
+        predicted,
+        max_tokens=judge.max_tokens,
+        temperature=judge.temperature,
+    )
+
+
+def estimates(recipe: DistillRecipe, items: Sequence[Item], ledger: Path) -> dict[str, Estimate]:
+    """What teacher and judge will take, without a network; the judge is asked about every row at most."""
+    found = {}
+    if recipe.teacher is not None:
+        requests, plan = teacher_requests(items, recipe.teacher, recipe.data.seed)
+        expected = None if plan else _lengths(items, recipe.teacher, ledger)
+        found[f"teacher {recipe.teacher.model}"] = estimate(requests, recipe.teacher, ledger, expected)
+    if recipe.judge is not None and "judge" in recipe.data.filters:
+        requests = _judge_requests(items, recipe.judge, None)
+        found[f"judge {recipe.judge.model} (data)"] = estimate(requests, recipe.judge, ledger)
+    return found
+
+
+def _lengths(items: Sequence[Item], teacher: Teacher, ledger: Path) -> list[int]:
+    """Tokens of the source's own answers, which the teacher's will resemble."""
+    book = Ledger(ledger) if ledger.exists() else None
+    try:
+        counter = Counter(teacher, book)
+        return [counter.text(item.answer) for item in items]
+    finally:
+        if book is not None:
+            book.close()

@@ -1,0 +1,125 @@
+"""What every kind of recipe has: the strict model, the options of the tasks, the digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from quantlab.paths import nearest
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Calibration(Strict):
+    """Texts that the statistics are gathered from: `rows` windows of `seq_len` tokens drawn with `seed`."""
+
+    source: str = "calib/ko-text2sql.jsonl"
+    rows: Positive = 128
+    seq_len: Annotated[int, Field(ge=8)] = 512
+    seed: int = 0
+
+
+class PerplexityOptions(Strict):
+    source: str = "heldout.txt"
+    seq_len: Annotated[int, Field(ge=8)] = 512
+    max_tokens: Positive | None = None
+
+
+class Text2SqlOptions(Strict):
+    data: str = "ko_text2sql/test.jsonl"
+    limit: Positive | None = None
+    batch_size: Positive = 16
+    max_new_tokens: Positive = 192
+    stop: Literal["statement", "eos"] = "statement"
+
+
+class FidelityOptions(Strict):
+    source: str = "heldout.txt"
+    seq_len: Annotated[int, Field(ge=8)] = 512
+    max_tokens: Positive | None = 16384
+
+
+class SpeedOptions(Strict):
+    prompt_tokens: Positive = 128
+    new_tokens: Annotated[int, Field(ge=2)] = 32
+    batch_size: Positive = 1
+    repeats: Positive = 3
+
+
+class LmEvalOptions(Strict):
+    """For `lm-eval:<name>`; `task` is filled with <name> by the caller, `include_path` holds local task files."""
+
+    task: str = ""
+    include_path: str | None = None
+    limit: Positive | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    batch_size: Positive = 8
+
+
+class TaskOptions(Strict):
+    perplexity: PerplexityOptions = PerplexityOptions()
+    text2sql: Text2SqlOptions = Text2SqlOptions()
+    fidelity: FidelityOptions = FidelityOptions()
+    speed: SpeedOptions = SpeedOptions()
+    lm_eval: LmEvalOptions = LmEvalOptions()
+
+    def of(self, task: str) -> BaseModel:
+        """The options of one entry of `evaluate`."""
+        if task.startswith("lm-eval:"):
+            return self.lm_eval.model_copy(update={"task": task.partition(":")[2]})
+        options: BaseModel = getattr(self, task)
+        return options
+
+
+TASK_NAMES = ("perplexity", "text2sql", "fidelity", "speed")
+
+
+class BaseRecipe(Strict):
+    dtype: Dtype = "auto"
+    evaluate: list[str] = Field(default_factory=lambda: list(TASK_NAMES))
+    tasks: TaskOptions = TaskOptions()
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> BaseRecipe:
+        for task in self.evaluate:
+            if task in TASK_NAMES or (task.startswith("lm-eval:") and task != "lm-eval:"):
+                continue
+            near = nearest(task, [*TASK_NAMES, "lm-eval:"])
+            raise ValueError(
+                f"@evaluate: unknown task {task!r}; "
+                + (f"did you mean {near!r}? " if near else "")
+                + f"tasks: {', '.join(TASK_NAMES)}, lm-eval:<name>"
+            )
+        if len(set(self.evaluate)) < len(self.evaluate):
+            raise ValueError("@evaluate: a task is named twice")
+        return self
+
+    def digest(self) -> str:
+        """16 hexadecimal characters that name exactly this content, defaults included."""
+        canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def content(self) -> dict[str, Any]:
+        """Every default and override written out, keys that say nothing left out."""
+        dumped = self.model_dump(mode="json")
+        head = {key: dumped[key] for key in ("kind", "method") if key in dumped}
+        return head | {key: value for key, value in dumped.items() if key not in self.unused()}
+
+    def unused(self) -> set[str]:
+        """Keys that say nothing in this recipe; its content leaves them out."""
+        return set()
+
+    def to_yaml(self) -> str:
+        """The recipe as resolved; loading it again gives the same digest."""
+        return yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True)
