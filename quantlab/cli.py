@@ -64,7 +64,7 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The whole story on the embedded model: ten ways of storing it, measured and ranked. Offline, CPU, minutes."""
+    """The whole story on the embedded model: base, distilled student, eight quantized students. Offline, minutes."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):

@@ -75,8 +75,13 @@ class Endpoint(Strict):
     concurrency: Positive = 16  # ceiling of the adaptive number of requests in flight
     timeout: PositiveFloat = 60.0
     attempts: Positive = 6
-    max_usd: PositiveFloat | None = None
+    max_usd: PositiveFloat | None = (
+        None  # bounds what the ledger has recorded for this model and purpose, in all runs
+    )
     max_requests: Positive | None = None
+    max_failed: Annotated[float, Field(ge=0, le=1, strict=False)] = (
+        0.02  # share of requests that may stay unanswered
+    )
     price: Price | None = None  # else from the table of prices
     temperature: NotNegative = 0.0
     max_tokens: Positive = 512
@@ -106,6 +111,16 @@ class Endpoint(Strict):
     @property
     def local(self) -> bool:
         return self.model.startswith(LOCAL)
+
+    def answers(self) -> dict[str, Any]:
+        """The keys that decide what is answered; how fast, how often and for how much is left out."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in _PATIENCE}
+
+
+_PATIENCE = {
+    "api_key_env", "rpm", "tpm", "concurrency", "timeout", "attempts", "max_usd", "max_requests", "max_failed", "price",
+    "batch", "tokenizer",
+}  # fmt: skip
 
 
 class Write(Strict):
@@ -174,7 +189,9 @@ class Train(Strict):
     epochs: PositiveFloat = 1.0
     max_steps: Positive | None = None
     lr: PositiveFloat = 2.0e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = (
+        "cosine"  # wsd: stable, then linearly to 0 over half
+    )
     warmup: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.03  # share of the steps
     batch_size: Positive = 8
     accumulate: Positive = 1
@@ -218,6 +235,16 @@ class DistillRecipe(BaseRecipe):
     train: Train = Train()
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     evaluate: list[str] = Field(default_factory=lambda: ["text2sql"])
+
+    def decides(self) -> dict[str, Any]:
+        """A raised budget is the same recipe: what was paid for or trained under it stays good."""
+        content = self.content()
+        for name in ("teacher", "judge"):
+            endpoint: Endpoint | None = getattr(self, name)
+            content[name] = endpoint.answers() if endpoint is not None else None
+        if self.student.mode == "full":
+            content["student"] = {k: v for k, v in content["student"].items() if k != "lora"}
+        return content
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillRecipe:

@@ -107,7 +107,7 @@ class BaseRecipe(Strict):
 
     def digest(self) -> str:
         """16 hexadecimal characters that name exactly this content, defaults included."""
-        canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.decides(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def content(self) -> dict[str, Any]:
@@ -115,6 +115,10 @@ class BaseRecipe(Strict):
         dumped = self.model_dump(mode="json")
         head = {key: dumped[key] for key in ("kind", "method") if key in dumped}
         return head | {key: value for key, value in dumped.items() if key not in self.unused()}
+
+    def decides(self) -> dict[str, Any]:
+        """The part of the content that results depend on."""
+        return self.content()
 
     def unused(self) -> set[str]:
         """Keys that say nothing in this recipe; its content leaves them out."""

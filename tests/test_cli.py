@@ -109,7 +109,7 @@ def test_the_import_check_sees_what_is_imported() -> None:
 
 def test_help_names_every_verb(tmp_path: Path) -> None:
     text = quantlab("--help", cwd=tmp_path).stdout
-    for verb in ("demo", "quantize", "evaluate", "leaderboard", "recipes", "doctor"):
+    for verb in ("demo", "quantize", "distill", "evaluate", "leaderboard", "recipes", "doctor"):
         assert verb in text
     assert quantlab("--version", cwd=tmp_path).stdout.startswith("quantlab ")
 

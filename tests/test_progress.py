@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from quantlab.demo import RECIPES, SMALLER, Overall, expected
+from quantlab.demo import DISTILL, TRAINED, Overall, expected, quantize_recipes
 from quantlab.progress import Bars, Lines, Silent, default_progress
-from quantlab.recipe import QuantizeRecipe, find_recipe, load_recipe, usable
+from quantlab.recipe import DistillRecipe, find_recipe, load_recipe
 
 
 def test_lines_speak_at_the_end_of_outermost_work_only() -> None:
@@ -79,15 +79,13 @@ def test_overall_reaches_the_end_whatever_the_steps_report() -> None:
     assert "60%  a, about" in said.getvalue() and "100%  done" in said.getvalue()
 
 
-def test_the_demo_has_at_least_nine_ways_and_its_overrides_fit() -> None:
-    recipes = []
-    for name in RECIPES:
-        plain = load_recipe(find_recipe(name))
-        assert isinstance(plain, QuantizeRecipe)
-        recipe = load_recipe(find_recipe(name), [key for key in SMALLER if usable(key, plain.method)])
-        assert isinstance(recipe, QuantizeRecipe)
-        recipes.append((name, recipe))
-    assert len({recipe.digest() for _, recipe in recipes}) >= 9
+def test_the_demo_stores_the_student_in_eight_ways_and_its_overrides_fit() -> None:
+    recipes = quantize_recipes()
+    assert len({recipe.digest() for _, recipe in recipes}) == 8
+    lesson = load_recipe(find_recipe(DISTILL), TRAINED)
+    assert isinstance(lesson, DistillRecipe) and lesson.train.packing == "shared"
+    for _, recipe in recipes:  # else the student's own run would not be their baseline
+        assert all(recipe.tasks.of(task) == lesson.tasks.of(task) for task in ("perplexity", "text2sql"))
     steps = expected(recipes)
-    assert "none: fidelity" not in steps and "gptq-int4: fidelity" in steps and steps["quantizing"] > 0
-    assert sum(steps.values()) < 240
+    assert "none: text2sql" in steps and "gptq-int4: fidelity" in steps and steps["quantizing"] > 0
+    assert sum(steps.values()) < 360

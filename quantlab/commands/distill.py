@@ -47,7 +47,10 @@ def run(name: str, options: Options, *, as_json: bool = False) -> None:
     first = is_first_process()
     with stdout_is_stderr():
         progress = default_progress() if first else Silent()
-        summary = distill(path.stem, recipe, options, progress)
+        label = path.stem
+        if options.overrides and recipe.digest() != load_recipe(path).digest():
+            label += f"-{recipe.digest()[:6]}"
+        summary = distill(label, recipe, options, progress)
     if first:
         show(summary, as_json=as_json)
 
@@ -63,15 +66,14 @@ def distill(name: str, recipe: DistillRecipe, options: Options, progress: Progre
     from quantlab.commands.quantize import check_device
 
     check_device(options.device)
-    label = f"{name}-{recipe.digest()[:6]}" if options.overrides else name
     found = cells(recipe, name)
     if options.dry_run:
-        return {"status": "dry-run", "recipe": name, "cells": [dry_run(label, c, options) for c in found]}
+        return {"status": "dry-run", "recipe": name, "cells": [dry_run(name, c, options) for c in found]}
     outcomes = []
     for number, cell in enumerate(found, start=1):
         if len(found) > 1 and is_first_process():
             progress.note(f"cell {number} of {len(found)}: {cell.label}")
-        outcomes.append(run_cell(label, cell, options, progress))
+        outcomes.append(run_cell(name, cell, options, progress))
         if recipe.sweep and is_first_process():
             _write_sweep(name, recipe, found[:number], outcomes, options)
     if not is_first_process():
@@ -116,8 +118,10 @@ def show(summary: dict[str, Any], *, as_json: bool) -> None:
         print_json(summary)
         return
     if summary["status"] == "dry-run":
+        shown: list[dict[str, Any]] = []
         for cell in summary["cells"]:
-            _show_plan(cell)
+            _show_plan(cell, cell["estimates"] in shown)
+            shown.append(cell["estimates"])
         return
     from quantlab.report.leaderboard import print_table
 
@@ -136,13 +140,17 @@ def show(summary: dict[str, Any], *, as_json: bool) -> None:
         print(f"plots of the sweep: {summary['sweep']}/sweep.html")
 
 
-def _show_plan(cell: dict[str, Any]) -> None:
+def _show_plan(cell: dict[str, Any], same: bool) -> None:
     title = cell["label"] or cell["student"]
     print(f"{title}: {', '.join(cell['steps']) or 'nothing left to do'}; run {cell['run_id']}")
     for name, cost in cell["estimates"].items():
+        if same:
+            print(f"  {name}: the requests of an earlier cell, which are paid once")
+            continue
+        money = f"{cost['usd']:.4f} USD" if cost["priced"] else "no price known (set price: {input, output})"
         print(
             f"  {name}: {cost['requests']:,} requests ({cost['cached']:,} more are in the ledger), "
-            f"{cost['input_tokens']:,} tokens in, {cost['output_tokens']:,} out, {cost['usd']:.4f} USD"
+            f"{cost['input_tokens']:,} tokens in, {cost['output_tokens']:,} out, {money}"
         )
         if cost["basis"]:
             print(f"    {cost['basis']}")

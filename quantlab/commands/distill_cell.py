@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab import __version__
+from quantlab.calibration import read_texts
 from quantlab.commands.work import (
     Work,
     find_baseline,
@@ -24,7 +27,7 @@ from quantlab.commands.work import (
     text_digest,
 )
 from quantlab.distill.sweep import Cell
-from quantlab.errors import RecipeError
+from quantlab.errors import MachineError, RecipeError
 from quantlab.models.files import ModelFiles, open_files
 from quantlab.paths import atomic_write_text, slug
 from quantlab.progress import Progress
@@ -53,6 +56,7 @@ class Plan:
 def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
     """Names, digests and directories, refused where something is in the way. Imports nothing heavy."""
     recipe = cell.recipe
+    _need_reporters(recipe.train.report_to)
     files = open_files(recipe.student.model)
     label = f"{name}-{cell.label}" if cell.label else name
     decides = [_source_digest(recipe)]
@@ -74,6 +78,15 @@ def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
     if found is not None and not options.resume:
         refuse_existing(work, found)
     return Plan(cell, recipe, files, work, base, out, made, made and found is not None and found.done)
+
+
+def _need_reporters(names: Sequence[str]) -> None:
+    """Loggers are not installed with quantlab; a missing one is the first thing to know."""
+    for name in names:
+        if find_spec(name) is None:
+            raise MachineError(
+                f"train.report_to names {name}, which is not installed", hint=f"pip install {name}"
+            )
 
 
 def _source_digest(recipe: DistillRecipe) -> str:
@@ -117,6 +130,7 @@ def dry_run(name: str, cell: Cell, options: Options) -> dict[str, Any]:
     text = plan.recipe.data.format == "text"
     items = [] if text else read_source(plan.recipe).items
     costs = {} if plan.made or text else estimates(plan.recipe, items, options.book)
+    rows = len(read_texts(plan.recipe.data.source)[: plan.recipe.data.limit]) if text else len(items)
     steps = [] if plan.measured else ["measure the base", "measure the student"]
     if not plan.made:
         steps = ["prepare the rows", f"train ({plan.recipe.student.mode})", *steps]
@@ -127,8 +141,8 @@ def dry_run(name: str, cell: Cell, options: Options) -> dict[str, Any]:
         "run_id": plan.work.run_id,
         "checkpoint": str(plan.out),
         "source": plan.recipe.data.source,
-        "rows": len(items),
-        "estimates": {key: asdict(value) for key, value in costs.items()},
+        "rows": rows,
+        "estimates": costs,
     }
 
 
@@ -176,14 +190,14 @@ def _make(plan: Plan, options: Options, progress: Progress, together: _Processes
         rows = _rows(plan, options, progress)
     from quantlab.distill.train import train
 
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(options.results / "tensorboard" / plan.work.run_id))
     student = _open(plan, options)
     blocks, evaluated, settings, logits, counts = _lay_out(plan, student, rows, options, progress)
     if together.first and counts["too_long"]:
         progress.note(f"{counts['too_long']} rows are longer than {recipe.train.max_len} tokens, left out")
     size = trainable(student.model)
-    trained = train(
-        student, blocks, evaluated, settings, partial / "training", progress, logits, plan.work.name
-    )
+    with progress.task(f"training {plan.work.name}"):
+        trained = train(student, blocks, evaluated, settings, partial / "training", progress, logits)
     if not together.first:
         return
     record = {
@@ -227,8 +241,6 @@ def _rows(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]:
     """`items` or `texts`, and the `record` of how they came about."""
     recipe = plan.recipe
     if recipe.data.format == "text":
-        from quantlab.calibration import read_texts
-
         texts = read_texts(recipe.data.source)[: recipe.data.limit]
         digest = text_digest(recipe.data.source)
         return {
@@ -268,11 +280,14 @@ def _lay_out(
     from quantlab.distill.train import Settings
 
     recipe, train = plan.recipe, plan.recipe.train
+    # A packed block may be longer than the model's positions, which begin anew in it; a row may not.
+    positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = min(train.max_len, positions or train.max_len)
     if recipe.data.format == "text":
-        examples = encode_texts(rows["texts"], student.tokenizer, train.max_len)
+        examples = encode_texts(rows["texts"], student.tokenizer, longest)
         too_long: list[str] = []
     else:
-        examples, too_long = encode(rows["items"], student.tokenizer, train.max_len)
+        examples, too_long = encode(rows["items"], student.tokenizer, longest)
     learned, kept = split_off(examples, train.eval_share, train.seed)
     logits = _logits(plan, student, examples, options, progress) if train.logits is not None else None
     packed = train.packing != "none"

@@ -82,7 +82,7 @@ def korean_calibration(train: Sequence[Row], domains: Sequence[Domain], held_out
     rng = random.Random("calibration")
     sources = [examples_from([row for row in train if row["db"] == d.name], d, rng) for d in domains]
     examples = (next(source) for source in itertools.cycle(sources))
-    others = (text for kind, text in kinds_and_documents("calibration") if kind != "domain_readings")
+    others = (text for kind, text in kinds_and_documents("calibration") if kind != "domain_pairs")
     texts: list[str] = []
     for stream, wanted in ((examples, CALIBRATION_PAIR_ROWS), (others, CALIBRATION_ROWS)):
         while len(texts) < wanted:

@@ -35,7 +35,7 @@ IGNORED = -100  # label of a token that is not learned
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens of one row: the last ``learned`` are learned; rows with the same ``shares`` may have a common beginning."""
+    """Tokens of one row: the last ``learned`` are learned; rows of the same ``shares`` may begin alike."""
 
     id: str
     tokens: tuple[int, ...]

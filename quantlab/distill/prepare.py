@@ -27,6 +27,8 @@ from quantlab.teacher.client import Gathered, gather
 from quantlab.teacher.estimate import Counter, Estimate, estimate
 from quantlab.teacher.filters import Rejected, clean, summary_table, write_rejected
 from quantlab.teacher.ledger import Ledger, Request
+from quantlab.teacher.local import identity
+from quantlab.teacher.prices import price_of
 from quantlab.teacher.prompts import answer_request, load_prompt, parse_answer
 from quantlab.teacher.questions import (
     Planned,
@@ -88,20 +90,36 @@ def prepared_digest(recipe: DistillRecipe, items: Sequence[Item], evaluated: Seq
     content = recipe.content()
     parts = {
         "data": {k: v for k, v in content["data"].items() if k not in ("fraction", "seed")},
-        "teacher": _what_answers(recipe.teacher),
-        "judge": _what_answers(recipe.judge) if "judge" in recipe.data.filters else None,
+        "teacher": _what_answers(recipe.teacher, recipe.teacher.task) if recipe.teacher else None,
+        "judge": _what_answers(recipe.judge, "judge")
+        if recipe.judge and "judge" in recipe.data.filters
+        else None,
         "items": digest(items),
         "evaluated": digest(evaluated),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _what_answers(endpoint: Teacher | Judge | None) -> dict[str, Any] | None:
-    """The keys of an endpoint that change its answers; budgets and patience do not."""
-    if endpoint is None:
-        return None
-    keys = {"model", "language", "temperature", "max_tokens", "task", "write"}
-    return {key: value for key, value in endpoint.model_dump(mode="json").items() if key in keys}
+def _what_answers(endpoint: Teacher | Judge, task: str) -> dict[str, Any]:
+    """What decides the answers of an endpoint: its keys, the content behind `hf:` and `file:`, the prompt."""
+    return endpoint.answers() | {
+        "identity": identity(endpoint),
+        "prompt": load_prompt(task, endpoint.language).digest,
+    }
+
+
+def _enough(gathered: Gathered, endpoint: Teacher | Judge, who: str) -> None:
+    """Stop where too many requests stayed without a usable answer: the next run asks again."""
+    if gathered.stopped:
+        raise Stopped(f"the {who} {endpoint.model}: {gathered.stopped}")
+    failed, total = len(gathered.failed), len(gathered.answers)
+    if failed > endpoint.max_failed * total:
+        reason = next(iter(gathered.failed.values()))
+        raise Stopped(
+            f"the {who} {endpoint.model} left {failed} of {total} requests without a usable answer; one says: {reason}",
+            hint="the rest is in the ledger, the same command asks for these again; "
+            f"max_failed (now {endpoint.max_failed:g}) is the share that may be missing",
+        )
 
 
 def prepare(recipe: DistillRecipe, ledger: Path, folder: Path, progress: Progress) -> Prepared:
@@ -179,9 +197,17 @@ def _prepare(
         "kept": len(cleaned.kept),
         "evaluated": len(evaluated),
         "spent": spent,
+        "prompts": _prompts(recipe),
         "table": summary_table(counts, total, cleaned.unchecked),
     }
     atomic_write_text(place / "cleaning.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def _prompts(recipe: DistillRecipe) -> list[dict[str, Any]]:
+    asked = [(recipe.teacher, recipe.teacher.task)] if recipe.teacher else []
+    if recipe.judge and "judge" in recipe.data.filters:
+        asked.append((recipe.judge, "judge"))  # type: ignore[arg-type]
+    return [dict(load_prompt(task, endpoint.language).record) for endpoint, task in asked]
 
 
 def _unread(bad: Sequence[BadRow]) -> list[Rejected]:
@@ -248,8 +274,7 @@ def ask_teacher(
     requests, plan = teacher_requests(items, teacher, seed)
     accept = unusable_pairs if teacher.task == "write" else None
     gathered = gather(requests, teacher, ledger, progress, accept=accept, purpose=teacher.task)
-    if gathered.stopped:
-        raise Stopped(f"the teacher {teacher.model}: {gathered.stopped}")
+    _enough(gathered, teacher, "teacher")
     texts = [answer.text if answer else None for answer in gathered.answers]
     if teacher.task == "write":
         return written_items(plan, texts), [], gathered
@@ -274,8 +299,7 @@ def ask_judge(
     """Item id → verdict on the item's own answer, or on what was ``predicted`` for it."""
     requests = _judge_requests(items, judge, predicted)
     gathered = gather(requests, judge, ledger, progress, accept=unusable_verdict, purpose="judge")
-    if gathered.stopped:
-        raise Stopped(f"the judge {judge.model}: {gathered.stopped}")
+    _enough(gathered, judge, "judge")
     texts = [answer.text if answer else None for answer in gathered.answers]
     return collect_verdicts(items, texts), gathered
 
@@ -290,17 +314,41 @@ def _judge_requests(items: Sequence[Item], judge: Judge, predicted: dict[str, st
     )
 
 
-def estimates(recipe: DistillRecipe, items: Sequence[Item], ledger: Path) -> dict[str, Estimate]:
+def estimates(recipe: DistillRecipe, items: Sequence[Item], ledger: Path) -> dict[str, dict[str, Any]]:
     """What teacher and judge will take, without a network; the judge is asked about every row at most."""
     found = {}
     if recipe.teacher is not None:
         requests, plan = teacher_requests(items, recipe.teacher, recipe.data.seed)
         expected = None if plan else _lengths(items, recipe.teacher, ledger)
-        found[f"teacher {recipe.teacher.model}"] = estimate(requests, recipe.teacher, ledger, expected)
+        found[f"teacher {recipe.teacher.model}"] = _shown(
+            recipe.teacher, estimate(requests, recipe.teacher, ledger, expected)
+        )
     if recipe.judge is not None and "judge" in recipe.data.filters:
         requests = _judge_requests(items, recipe.judge, None)
-        found[f"judge {recipe.judge.model} (data)"] = estimate(requests, recipe.judge, ledger)
+        found[f"judge {recipe.judge.model} (rows)"] = _shown(
+            recipe.judge, estimate(requests, recipe.judge, ledger)
+        )
+    if recipe.judge is not None and "text2sql" in recipe.evaluate:
+        options = recipe.tasks.text2sql
+        asked = load_items(options.data, options.limit)
+        requests = _judge_requests(asked, recipe.judge, {item.id: item.answer for item in asked})
+        once = estimate(requests, recipe.judge, ledger)
+        both = replace(  # base and student, whose answers are not known yet
+            once,
+            requests=2 * len(asked),
+            cached=0,
+            input_tokens=2 * once.input_tokens,
+            output_tokens=2 * once.output_tokens,
+            usd=2 * once.usd,
+        )
+        found[f"judge {recipe.judge.model} (base and student, at most)"] = _shown(recipe.judge, both)
     return found
+
+
+def _shown(endpoint: Teacher | Judge, cost: Estimate) -> dict[str, Any]:
+    """The estimate, and whether its money means anything."""
+    price = price_of(endpoint.model, endpoint.price, endpoint.batch) if not endpoint.local else None
+    return asdict(cost) | {"priced": endpoint.local or price is not None}
 
 
 def _lengths(items: Sequence[Item], teacher: Teacher, ledger: Path) -> list[int]:

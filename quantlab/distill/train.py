@@ -7,6 +7,8 @@ moment goes on from the last one and ends as if nothing had happened.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -27,6 +29,7 @@ from quantlab.distill import attention
 from quantlab.distill.data import IGNORED, Block, Example, collate
 from quantlab.distill.losses import divergence_sum
 from quantlab.distill.student import Student
+from quantlab.errors import DataError
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Advance, Progress
 
@@ -40,7 +43,12 @@ OPTIMIZERS = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",  # Hu et al. 2024, arXiv:2404.06395
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class Trained:
     eval_loss: float | None
     stopped_early: bool
     resumed_from: int | None
+    processes: int = 1
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -109,7 +118,6 @@ def train(
     folder: Path,
     progress: Progress,
     logits: LogitLoss | None = None,
-    name: str = "student",
 ) -> Trained:
     """Train in place; ``folder`` holds the checkpoints, and a whole one found there is gone on from."""
     from datasets import Dataset
@@ -122,20 +130,21 @@ def train(
     every = settings.eval_every or max(1, steps // EVALUATIONS)
     folder.mkdir(parents=True, exist_ok=True)
     start = last_checkpoint(folder)
-    if settings.packed:
-        _packed_attention(student)
+    grouped = settings.packed and _by_groups(student)
+    if not student.device.startswith("cuda"):
+        _keep_freed_memory()
     everything = [*blocks, *evaluated]
     numbers = list(range(len(everything)))
     follower = _Follower()
     started = time.perf_counter()
-    with progress.task(f"training {name}", total=steps) as advance:
+    with progress.task("optimizer steps", total=steps) as advance:
         follower.advance = advance
         trainer = _Trainer(
             model=student.model,
             args=_arguments(student, settings, folder, steps, every, bool(evaluated)),
             train_dataset=Dataset.from_dict({"block": numbers[: len(blocks)]}),
             eval_dataset=Dataset.from_dict({"block": numbers[len(blocks) :]}) if evaluated else None,
-            data_collator=_Collator(everything, _pad(student.tokenizer), settings.packed, student.device),
+            data_collator=_Collator(everything, _pad(student.tokenizer), settings.packed, grouped),
             processing_class=student.tokenizer,
             callbacks=[follower, *_early_stop(settings)],
         )
@@ -147,6 +156,8 @@ def train(
 
             train_in_float32(student.model)  # trl stores the adapters of a quantized model in bfloat16
         trainer.train(resume_from_checkpoint=str(start) if start else None)
+        # Mixed precision wraps the model's forward; what is measured and saved from here on is the model itself.
+        student.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     log = [dict(entry) for entry in trainer.state.log_history]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
@@ -160,6 +171,7 @@ def train(
         eval_loss=best if best is not None else (evaluations[-1] if evaluations else None),
         stopped_early=trainer.state.global_step < steps,
         resumed_from=int(start.name.rpartition("-")[2]) if start else None,
+        processes=processes,
         curve=log,
     )
 
@@ -195,6 +207,7 @@ def _arguments(
         max_steps=settings.max_steps or -1,
         learning_rate=settings.lr,
         lr_scheduler_type=SCHEDULES[settings.schedule],
+        lr_scheduler_kwargs=_schedule(settings.schedule, steps),
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -227,20 +240,44 @@ def _arguments(
     )
 
 
+def _schedule(name: str, steps: int) -> dict[str, Any]:
+    if name != "wsd":
+        return {}
+    return {"num_decay_steps": steps // 2, "decay_type": "linear", "min_lr_ratio": 0.0}
+
+
 def _pad(tokenizer: Any) -> int:
     pad = tokenizer.pad_token_id
     return int(pad if pad is not None else tokenizer.eos_token_id)
 
 
-def _packed_attention(student: Student) -> None:
-    """On CPUs attention by groups, where the model looks attention up in transformers' table; else a dense mask."""
+def _by_groups(student: Student) -> bool:
+    """On CPUs attention by groups, where the model looks attention up in transformers' table (True); else a dense mask,
+    which PyTorch's attention takes."""
     model = student.model.get_base_model() if student.adapted else student.model
     attention.register()
-    wanted = attention.NAME if not student.device.startswith("cuda") else "sdpa"
+    if not student.device.startswith("cuda"):
+        with contextlib.suppress(ValueError):
+            model.set_attn_implementation(attention.NAME)
+            return bool(model.config._attn_implementation == attention.NAME)
     try:
-        model.set_attn_implementation(wanted)
-    except ValueError:  # this model knows eager attention only, which takes the dense mask too
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation("sdpa")
+    except ValueError as error:
+        raise DataError(
+            f"{student.files.name} has an attention of its own, which cannot keep packed rows apart: {error}",
+            hint="set train.packing: none",
+        ) from error
+    return False
+
+
+def _keep_freed_memory() -> None:
+    """Activations come and go with every step; glibc would give them back to the system each time, and a tenth of the
+    time goes into getting them anew."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _early_stop(settings: Settings) -> list[TrainerCallback]:
@@ -252,9 +289,8 @@ def _early_stop(settings: Settings) -> list[TrainerCallback]:
 class _Collator:
     """Numbers of blocks → a batch."""
 
-    def __init__(self, blocks: Sequence[Block], pad: int, packed: bool, device: str) -> None:
-        self.blocks, self.pad, self.packed = blocks, pad, packed
-        self.grouped = packed and not device.startswith("cuda")
+    def __init__(self, blocks: Sequence[Block], pad: int, packed: bool, grouped: bool) -> None:
+        self.blocks, self.pad, self.packed, self.grouped = blocks, pad, packed, grouped
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
         chosen = [self.blocks[row["block"]] for row in rows]

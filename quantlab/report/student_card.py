@@ -121,8 +121,8 @@ def _needs(made: Mapping[str, Any]) -> str:
     if made["saved"]["merged"]:
         return "An ordinary model directory: transformers alone loads it."
     return (
-        "The base is stored quantized, the adapter lies beside it: transformers loads both as one model when `peft` "
-        "and the base's own library are installed."
+        "The adapter lies beside the base's own weights: transformers loads both as one model when `peft` (and, for a "
+        "quantized base, its library) is installed."
     )
 
 

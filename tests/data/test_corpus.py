@@ -76,14 +76,14 @@ def test_the_held_out_domain_never_occurs(sample: list[tuple[str, str]]) -> None
         assert not own & set(pattern.findall(document))
 
 
-def test_most_of_the_text_is_queries_with_questions(sample: list[tuple[str, str]]) -> None:
+def test_most_of_the_text_is_questions_with_queries(sample: list[tuple[str, str]]) -> None:
     size = Counter[str]()
     for kind, document in sample:
         size[kind] += len(document.encode())
     total = sum(size.values())
-    pairs = (size["domain_readings"] + size["random_pairs"] + size["english_pairs"]) / total
+    pairs = (size["domain_pairs"] + size["random_pairs"] + size["english_pairs"]) / total
     assert 0.5 < pairs < 0.72
-    assert 0.8 < size["domain_readings"] / size["random_pairs"] < 1.6
+    assert 0.8 < size["domain_pairs"] / size["random_pairs"] < 1.6
     prose = (size["korean"] + size["english"]) / total
     assert prose > 0.08
 

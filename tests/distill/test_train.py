@@ -16,12 +16,12 @@ import torch
 
 from quantlab.distill.data import encode_texts, pack, split_off
 from quantlab.distill.logits import gather_logits
-from quantlab.distill.student import open_student
+from quantlab.distill.student import merged, open_student, probe, settle
 from quantlab.distill.train import WHOLE, LogitLoss, Settings, Trained, last_checkpoint, train
 from quantlab.models.load import load_subject
 from quantlab.progress import Silent
 
-from ..conftest import WORDS, byte_tokenizer
+from ..conftest import WORDS
 
 # Run by the tests in a process of its own, which can be killed: python -c SCRIPT model folder result steps
 SCRIPT = """
@@ -47,9 +47,7 @@ def run(
     settings = Settings(
         max_steps=steps, lr=5e-3, batch_size=batch, packed=True, seed=5, **{"eval_every": 4} | options
     )
-    return train(
-        student, pack(learned, "rows", 128), pack(kept, "rows", 128), settings, folder, Silent()
-    )
+    return train(student, pack(learned, "rows", 128), pack(kept, "rows", 128), settings, folder, Silent())
 
 
 def in_a_process(model: Path, folder: Path, result: Path, steps: int) -> subprocess.Popen[bytes]:
@@ -86,6 +84,14 @@ def test_a_training_killed_in_the_middle_ends_as_an_undisturbed_one(tiny: Path, 
 def last_checkpoint_number(folder: Path) -> int:
     numbers = [int(path.parent.name.partition("-")[2]) for path in folder.glob(f"checkpoint-*/{WHOLE}")]
     return max(numbers, default=0)
+
+
+def test_after_mixed_precision_the_model_computes_in_float32_again(tiny: Path, tmp_path: Path) -> None:
+    student = open_student(str(tiny), mode="lora", r=4, alpha=8, device="cpu", precision="bfloat16")
+    blocks = pack(encode_texts(texts(), student.tokenizer, 64), "rows", 128)
+    train(student, blocks, [], Settings(max_steps=4, lr=5e-3, batch_size=4, packed=True), tmp_path, Silent())
+    before = probe(settle(student))
+    assert float((probe(merged(student)) - before).abs().max()) < 1e-3
 
 
 def test_training_learns(tiny: Path, tmp_path: Path) -> None:
@@ -175,7 +181,7 @@ tasks: {{perplexity: {{source: {text}, seq_len: 64, max_tokens: 256}}}}
 def test_two_processes_reach_the_loss_of_one_with_the_same_global_batch(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("\n\n".join(texts()), encoding="utf-8")
     found = {}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     for name, batch, command in (("one", 4, [sys.executable]), ("two", 2, launch)):
         recipe = tmp_path / f"{name}.yaml"
@@ -197,4 +203,4 @@ def test_two_processes_reach_the_loss_of_one_with_the_same_global_batch(tiny: Pa
     assert len(one) == len(two) == 4
     assert two == pytest.approx(one, abs=1e-4)
     assert found["two"]["eval_loss"] == pytest.approx(found["one"]["eval_loss"], abs=2e-3)
-    assert byte_tokenizer().eos_token_id == 0
+    assert found["two"]["processes"] == 2

@@ -1,10 +1,8 @@
 """Question and query pairs beside their schema, in many arrangements.
 
 None of them is the evaluation prompt, whose headings never occur here, and nothing marks the end of
-a query: after one comes the next pair, a comment, some prose. About made-up schemas the question comes first;
-about the written domains the query does, and the question says what it means (`readings`). So a model trained on this
-text knows schemas, questions and SQL and the words of the domains, but has not been taught the task: not to answer
-questions about these domains, not the prompt, and not when to stop.
+a query: after one comes the next pair, a comment, some prose. So a model trained on this text knows
+schemas, questions and SQL, but has not been taught the prompt and not when to stop.
 """
 
 import json
@@ -42,10 +40,9 @@ def notes(language: str) -> dict[str, list[str]]:
     return {clause: texts for clause, texts in english.items() if texts}
 
 
-def as_json(pair: Pair, query: str, query_first: bool = False) -> str:
+def as_json(pair: Pair, query: str) -> str:
     names = ("question", "sql") if len(pair.question) % 2 else ("질문", "쿼리")
-    fields = [(names[0], pair.question), (names[1], query)]
-    return json.dumps(dict(fields[::-1] if query_first else fields), ensure_ascii=False)
+    return json.dumps({names[0]: pair.question, names[1]: query}, ensure_ascii=False)
 
 
 def remark(sql: str, language: str, rng: random.Random) -> str:
@@ -71,37 +68,31 @@ def thread(schema: str, pair: Pair, language: str, rng: random.Random) -> str:
     return rng.choice(templates("threads", language)).format(**words)
 
 
-def arranged(pairs: Sequence[Pair], language: str, rng: random.Random, kind: str = "pairs") -> str:
-    """Several pairs about one schema, mostly in one arrangement; of kind `readings` the query comes first, then what it
-    asks for."""
+def arranged(pairs: Sequence[Pair], language: str, rng: random.Random) -> str:
+    """Several pairs about one schema, mostly in one arrangement."""
     style = sql_style(rng)
     if rng.random() < 0.04:
-        return "\n".join(as_json(pair, style(pair.sql), kind == "readings") for pair in pairs)
-    template = rng.choice(templates(kind, language))
+        return "\n".join(as_json(pair, style(pair.sql)) for pair in pairs)
+    template = rng.choice(templates("pairs", language))
     mixed = rng.random() < 0.15
     remarks = rng.choice((0.0, 0.0, 0.0, 0.3, 0.8))
     mark = rng.choice(MARKS[:3] if language == "en" else MARKS)
     texts = []
     for number, pair in enumerate(pairs, start=1):
         if mixed:
-            template = rng.choice(templates(kind, language))
+            template = rng.choice(templates("pairs", language))
         text = template.format(q=pair.question, s=style(pair.sql), n=number)
         texts.append(f"{text}{mark}{remark(pair.sql, language, rng)}" if rng.random() < remarks else text)
     return rng.choice(GAPS).join(texts)
 
 
 def worked_examples(
-    domain: Domain,
-    tables: Sequence[str],
-    pairs: Sequence[Pair],
-    rng: random.Random,
-    language: str = "ko",
-    kind: str = "pairs",
+    domain: Domain, tables: Sequence[str], pairs: Sequence[Pair], rng: random.Random, language: str = "ko"
 ) -> str:
     """A schema and pairs about it: mostly the schema first, sometimes a summary, or no schema at all."""
-    if kind == "pairs" and rng.random() < 0.07:
+    if rng.random() < 0.07:
         return thread(schema_text(domain, tables, ddl_style(rng)), rng.choice(pairs), language, rng)
-    body = arranged(pairs, language, rng, kind)
+    body = arranged(pairs, language, rng)
     roll = rng.random()
     if roll < 0.84:
         schema = schema_text(domain, tables, ddl_style(rng, canonical=0.6))

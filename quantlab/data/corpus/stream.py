@@ -24,7 +24,7 @@ from quantlab.data.schema import Domain, Table
 HELD_OUT = "game"
 # relative frequency of each kind of document, and the method of `Writer` that makes it
 SHARES: Mapping[str, float] = {
-    "domain_readings": 20,
+    "domain_pairs": 20,
     "random_pairs": 17,
     "english_pairs": 5,
     "schema": 12,
@@ -75,10 +75,10 @@ class Writer:
         self.domains = training_domains()
         self.sources = [PairSource(domain, rng, self.excluded) for domain in self.domains]
 
-    def domain_readings(self) -> str:
+    def domain_pairs(self) -> str:
         source = self.rng.choice(self.sources)
         tables, pairs = source.take(self.rng.randint(3, 6))
-        return worked_examples(source.domain, tables, pairs, self.rng, kind="readings")
+        return worked_examples(source.domain, tables, pairs, self.rng)
 
     def random_pairs(self, language: str = "ko") -> str:
         domain = random_domain(self.rng)
