@@ -43,10 +43,10 @@ TRAINED = (
     *MEASURED,
     "evaluate=[perplexity, text2sql, speed]",
     "data.filters=[parses, select, binds]",
-    "train.max_steps=108",
+    "train.max_steps=96",
     "train.precision=bfloat16",
     "train.eval_share=0.0",
-    "train.save_every=54",
+    "train.save_every=48",
 )
 GAME = (
     "tasks.text2sql.data=ko_text2sql/test.jsonl",
@@ -59,7 +59,7 @@ STAGES = {
     "cleaning: syntax and names": 7.0,
     "cleaning: duplicates": 6.0,
     "cleaning: leakage": 2.0,
-    f"training {DISTILL}": 145.0,
+    f"training {DISTILL}": 130.0,
     "saving the student": 1.0,
     "quantizing": 25.0,
     "evaluate: text2sql": 12.0,

@@ -67,7 +67,7 @@ def test_qlora_merges_into_the_weights_it_was_trained_against(tiny: Path) -> Non
     layer = student.model.get_base_model().get_submodule(name)
     four_bit, _ = linear_weight(layer.base_layer)
     delta = layer.get_delta_weight("default")
-    original = load_subject(tiny, device="cpu", dtype="float32").model.get_submodule(name).weight
+    original = load_subject(tiny, device="cpu", dtype="float32").model.get_submodule(name).weight.detach()
     assert float((four_bit - original).abs().max()) > 1e-3
     assert torch.allclose(merged(student).get_submodule(name).weight, four_bit + delta, atol=1e-6)
 
