@@ -22,6 +22,7 @@ def run(*, schema: bool, as_json: bool) -> None:
     for item in found:
         print(f"{item['name']:<{width}}  {item['about']}")
     print("\nuse one by its name: quantlab quantize gptq-int4 --model embedded:base")
+    print("                     quantlab distill distill-embedded   (distill-*, heal-*, book/*)")
 
 
 def about(path: Path) -> str:
