@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is slow at the first example; that says nothing about the code.
+settings.register_profile("quantlab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("quantlab")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BABY = SHARED / "models" / "babyllama-char-1M"

@@ -379,6 +379,7 @@ from quantlab.teacher.client import gather
 class Interrupted(BaseException): pass
 def handler(number, frame): raise Interrupted
 signal.signal(signal.SIGTERM, handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 try:
     gather(some_requests(9), Endpoint.model_validate_json(sys.argv[2]), Path(sys.argv[1]), Silent())
 except BaseException as error:
