@@ -45,7 +45,7 @@ def run(
     student = open_student(str(model), mode=mode, r=4, alpha=8, dropout=0.1, device="cpu", seed=3)
     learned, kept = split_off(encode_texts(texts(), student.tokenizer, 64), 0.1, 0)
     settings = Settings(
-        max_steps=steps, lr=5e-3, batch_size=batch, packed=True, seed=5, **{"eval_every": 4} | options
+        max_steps=steps, batch_size=batch, packed=True, seed=5, **{"lr": 5e-3, "eval_every": 4} | options
     )
     return train(student, pack(learned, "rows", 128), pack(kept, "rows", 128), settings, folder, Silent())
 
@@ -122,9 +122,10 @@ def test_accumulated_batches_are_one_large_batch(tiny: Path, tmp_path: Path) -> 
 
 
 def test_training_stops_when_it_no_longer_improves(tiny: Path, tmp_path: Path) -> None:
-    found = run(tiny, tmp_path, steps=60, eval_every=2, patience=2, schedule="constant", weight_decay=0.0)
-    noisy = run(tiny, tmp_path / "b", steps=60, eval_every=1, patience=1, schedule="constant")
-    assert noisy.stopped_early or found.stopped_early or noisy.steps == 60
+    stuck = run(tiny, tmp_path / "a", steps=60, lr=1e-12, eval_every=2, patience=2, schedule="constant")
+    assert stuck.stopped_early and stuck.steps < 20
+    found = run(tiny, tmp_path / "b", steps=12, eval_every=2, patience=2)
+    assert not found.stopped_early
     best = min(entry["eval_loss"] for entry in found.curve if "eval_loss" in entry)
     assert found.eval_loss == pytest.approx(best, abs=1e-6)
 
