@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantlab.commands.guard import print_json, stdout_is_stderr
+from quantlab.distill.processes import is_first_process
 from quantlab.distill.sweep import Cell, cells
 from quantlab.errors import RecipeError
 from quantlab.progress import Progress, Silent, default_progress
@@ -53,11 +53,6 @@ def run(name: str, options: Options, *, as_json: bool = False) -> None:
         summary = distill(label, recipe, options, progress)
     if first:
         show(summary, as_json=as_json)
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that speaks and writes, of those that `accelerate launch` started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def distill(name: str, recipe: DistillRecipe, options: Options, progress: Progress) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,14 +26,17 @@ from quantlab.commands.work import (
     stored_as,
     text_digest,
 )
+from quantlab.distill.prepare import Source, estimates, prepare, read_source
+from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.sweep import Cell
 from quantlab.errors import MachineError, RecipeError
 from quantlab.models.files import ModelFiles, open_files
-from quantlab.paths import atomic_write_text, slug
+from quantlab.paths import atomic_write_text, file_digest, find_source, slug
 from quantlab.progress import Progress
 from quantlab.quant.checkpoint import partial_path
 from quantlab.recipe import DistillRecipe, QuantizeRecipe
 from quantlab.results import Run, rebuild_leaderboard
+from quantlab.sql.dataset import digest
 
 if TYPE_CHECKING:
     from quantlab.commands.distill import Options
@@ -51,6 +54,9 @@ class Plan:
     out: Path
     made: bool  # the student is there already
     measured: bool
+    source: (
+        Source | None
+    )  # rows, read once; None for plain text and for the hub, which planning does not fetch
 
 
 def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
@@ -59,7 +65,9 @@ def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
     _need_reporters(recipe.train.report_to)
     files = open_files(recipe.student.model)
     label = f"{name}-{cell.label}" if cell.label else name
-    decides = [_source_digest(recipe)]
+    at_hand = recipe.data.format != "text" and not recipe.data.source.startswith("hf:")
+    source = read_source(recipe) if at_hand else None
+    decides = [_source_digest(recipe, source)]
     if recipe.train.logits is not None:
         decides.append(open_files(recipe.train.logits.model).digest)
     work = plan_work(label, recipe, recipe.student.model, files, options.results, decides)
@@ -77,7 +85,8 @@ def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
     found = work.existing()
     if found is not None and not options.resume:
         refuse_existing(work, found)
-    return Plan(cell, recipe, files, work, base, out, made, made and found is not None and found.done)
+    measured = made and found is not None and found.done
+    return Plan(cell, recipe, files, work, base, out, made, measured, source)
 
 
 def _need_reporters(names: Sequence[str]) -> None:
@@ -89,19 +98,14 @@ def _need_reporters(names: Sequence[str]) -> None:
             )
 
 
-def _source_digest(recipe: DistillRecipe) -> str:
+def _source_digest(recipe: DistillRecipe, source: Source | None) -> str:
     """What decides the rows: the source's content, and what is asked about it is in the recipe's digest."""
-    from quantlab.distill.prepare import evaluated_items, read_source
-    from quantlab.sql.dataset import digest
-
     if recipe.data.format == "text":
         return text_digest(recipe.data.source)
-    if recipe.data.source.startswith("hf:"):
+    if source is None:
         return short_hash([recipe.data.source])
-    parts = [digest(read_source(recipe).items), digest(evaluated_items(recipe))]
+    parts = [digest(source.items), digest(source.evaluated)]
     if recipe.teacher is not None and recipe.teacher.model.startswith("file:"):
-        from quantlab.paths import file_digest, find_source
-
         parts.append(file_digest(find_source(recipe.teacher.model.removeprefix("file:"))))
     return short_hash(parts)
 
@@ -124,11 +128,9 @@ def _is_ours(out: Path, work: Work, options: Options) -> bool:
 
 def dry_run(name: str, cell: Cell, options: Options) -> dict[str, Any]:
     """What the cell would do and cost; no network, nothing written."""
-    from quantlab.distill.prepare import estimates, read_source
-
     plan = plan_cell(name, cell, options)
     text = plan.recipe.data.format == "text"
-    items = [] if text else read_source(plan.recipe).items
+    items = [] if text else (plan.source or read_source(plan.recipe)).items
     costs = {} if plan.made or text else estimates(plan.recipe, items, options.book)
     rows = len(read_texts(plan.recipe.data.source)[: plan.recipe.data.limit]) if text else len(items)
     steps = [] if plan.measured else ["measure the base", "measure the student"]
@@ -162,10 +164,9 @@ class _Processes:
     """The processes of `accelerate launch`: one prepares and measures, all train."""
 
     def __init__(self, options: Options) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.first = int(os.environ.get("RANK", "0")) == 0
+        self.first = is_first_process()
         self._state: Any = None
-        if self.count > 1:
+        if process_count() > 1:
             from accelerate import PartialState
 
             # While the first one asks a teacher, the others wait: for days if need be.
@@ -242,15 +243,11 @@ def _rows(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]:
     recipe = plan.recipe
     if recipe.data.format == "text":
         texts = read_texts(recipe.data.source)[: recipe.data.limit]
-        digest = text_digest(recipe.data.source)
-        return {
-            "texts": texts,
-            "record": {"source": recipe.data.source, "rows": len(texts), "digest": digest},
-        }
-    from quantlab.distill.prepare import prepare
-
-    prepared = prepare(recipe, options.book, options.results / "data", progress)
-    return {"items": prepared.items, "record": prepared.record, "rejected": prepared.rejected}
+        name = text_digest(recipe.data.source)
+        return {"texts": texts, "record": {"source": recipe.data.source, "rows": len(texts), "digest": name}}
+    source = plan.source or read_source(recipe)
+    items, record = prepare(recipe, source, options.book, options.results / "data", progress)
+    return {"items": items, "record": record}
 
 
 def _open(plan: Plan, options: Options) -> Any:
@@ -290,25 +287,9 @@ def _lay_out(
         examples, too_long = encode(rows["items"], student.tokenizer, longest)
     learned, kept = split_off(examples, train.eval_share, train.seed)
     logits = _logits(plan, student, examples, options, progress) if train.logits is not None else None
-    packed = train.packing != "none"
+    named = {field.name for field in fields(Settings)} - {"packed", "report_to"}
     settings = Settings(
-        epochs=train.epochs,
-        max_steps=train.max_steps,
-        lr=train.lr,
-        schedule=train.schedule,
-        warmup=train.warmup,
-        batch_size=train.batch_size,
-        accumulate=train.accumulate,
-        packed=packed,
-        checkpointing=train.checkpointing,
-        optimizer=train.optimizer,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        eval_every=train.eval_every,
-        patience=train.patience,
-        save_every=train.save_every,
-        seed=train.seed,
-        report_to=tuple(train.report_to),
+        **train.model_dump(include=named), packed=train.packing != "none", report_to=tuple(train.report_to)
     )
     blocks = pack(learned, train.packing, train.max_len, train.seed)
     held = pack(kept, train.packing, train.max_len, train.seed)
@@ -419,7 +400,7 @@ def _measure(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]
 
 def _keep_rejected(plan: Plan, run: Run, options: Options) -> None:
     """A copy of what cleaning took out, with the run."""
-    digest = (run.record["data_prepared"] or {}).get("digest", "")
-    rejected = options.results / "data" / digest / "rejected.jsonl"
-    if digest and rejected.is_file():
+    name = (run.record["data_prepared"] or {}).get("digest", "")
+    rejected = options.results / "data" / name / "rejected.jsonl"
+    if name and rejected.is_file():
         shutil.copyfile(rejected, run.directory / "rejected.jsonl")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,35 +46,28 @@ class Stopped(QuantlabError):
     """A budget ended the gathering; what was answered is in the ledger."""
 
 
-@dataclass
-class Prepared:
-    """``items`` are learned. ``record`` is what the run keeps: counts of every rule, spending."""
+@dataclass(frozen=True)
+class Source:
+    """The rows to prepare, unreadable ones apart, and the items that none of them must be close to."""
 
     items: list[Item]
-    record: dict[str, Any]
-    rejected: Path | None = None
-    table: str = ""
+    bad: list[BadRow]
+    held_out: int
+    evaluated: list[Item]
 
 
-@dataclass
-class _Rows:
-    items: list[Item]
-    bad: list[BadRow] = field(default_factory=list)
-    held_out: int = 0
-
-
-def read_source(recipe: DistillRecipe) -> _Rows:
-    """The rows of ``data.source`` without those of the held-out database; unreadable ones apart."""
+def read_source(recipe: DistillRecipe) -> Source:
+    """The rows of ``data.source`` without those of the held-out database."""
     bad: list[BadRow] = []
     items = load_items(recipe.data.source, recipe.data.limit, bad)
     left_out = str(recipe.data.holdout_db) if recipe.data.holdout_db is not None else None
     kept = [item for item in items if item.db_id != left_out]
     if not kept:
         raise DataError(f"{recipe.data.source}: every row is of the held-out database {left_out}")
-    return _Rows(kept, bad, len(items) - len(kept))
+    return Source(kept, bad, len(items) - len(kept), _evaluated_items(recipe))
 
 
-def evaluated_items(recipe: DistillRecipe) -> list[Item]:
+def _evaluated_items(recipe: DistillRecipe) -> list[Item]:
     """Items that a training row must not be close to."""
     sources = {recipe.tasks.text2sql.data}
     if recipe.data.source.startswith(BUNDLED):
@@ -85,7 +78,7 @@ def evaluated_items(recipe: DistillRecipe) -> list[Item]:
     return found
 
 
-def prepared_digest(recipe: DistillRecipe, items: Sequence[Item], evaluated: Sequence[Item]) -> str:
+def prepared_digest(recipe: DistillRecipe, source: Source) -> str:
     """Names what decides the cleaned rows: the source's content, teacher, judge, rules, the evaluated items."""
     content = recipe.content()
     parts = {
@@ -94,8 +87,8 @@ def prepared_digest(recipe: DistillRecipe, items: Sequence[Item], evaluated: Seq
         "judge": _what_answers(recipe.judge, "judge")
         if recipe.judge and "judge" in recipe.data.filters
         else None,
-        "items": digest(items),
-        "evaluated": digest(evaluated),
+        "items": digest(source.items),
+        "evaluated": digest(source.evaluated),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -122,17 +115,18 @@ def _enough(gathered: Gathered, endpoint: Teacher | Judge, who: str) -> None:
         )
 
 
-def prepare(recipe: DistillRecipe, ledger: Path, folder: Path, progress: Progress) -> Prepared:
-    """The rows to learn, from ``folder/<digest>`` when they were prepared before.
+def prepare(
+    recipe: DistillRecipe, source: Source, ledger: Path, folder: Path, progress: Progress
+) -> tuple[list[Item], dict[str, Any]]:
+    """The rows to learn, from ``folder/<digest>`` when they were prepared before, and what the run keeps about them:
+    counts of every rule, spending.
 
     Raises:
         Stopped: a budget ended it. DataError: the source is bad, or nothing is left after cleaning.
     """
-    rows = read_source(recipe)
-    evaluated = evaluated_items(recipe)
-    place = folder / prepared_digest(recipe, rows.items, evaluated)
+    place = folder / prepared_digest(recipe, source)
     if not (place / "cleaning.json").is_file():
-        _prepare(recipe, rows, evaluated, ledger, place, progress)
+        _prepare(recipe, source, ledger, place, progress)
     record = json.loads((place / "cleaning.json").read_text(encoding="utf-8"))
     items = [
         parse_row(row, f"{place / 'train.jsonl'}:{number}")
@@ -144,19 +138,21 @@ def prepare(recipe: DistillRecipe, ledger: Path, folder: Path, progress: Progres
             f"{recipe.data.source}: no row is left to learn from\n{record['table']}",
             hint=f"{place / 'rejected.jsonl'} says why each was taken out",
         )
-    record = record | {"digest": place.name, "learned": len(chosen), "fraction": recipe.data.fraction}
-    return Prepared(chosen, record, place / "rejected.jsonl", record["table"])
+    return chosen, record | {
+        "digest": place.name,
+        "learned": len(chosen),
+        "fraction": recipe.data.fraction,
+    }
 
 
 def _prepare(
     recipe: DistillRecipe,
-    rows: _Rows,
-    evaluated: Sequence[Item],
+    source: Source,
     ledger: Path,
     place: Path,
     progress: Progress,
 ) -> None:
-    items = rows.items
+    items = source.items
     lost: list[Rejected] = []
     spent: list[dict[str, Any]] = []
     if recipe.teacher is not None:
@@ -172,30 +168,30 @@ def _prepare(
     cleaned = clean(
         items,
         recipe.data.filters,
-        evaluated=evaluated,
+        evaluated=source.evaluated,
         dedup=recipe.data.dedup,
         near_duplicate=recipe.data.near_duplicate,
         leakage=recipe.data.leakage,
         verdicts=verdicts if "judge" in recipe.data.filters else None,
         progress=progress,
     )
-    total = cleaned.total + len(lost) + len(rows.bad)
-    counts = {"unreadable": len(rows.bad), "no answer": len(lost)} | cleaned.counts
-    if not rows.bad:
+    total = cleaned.total + len(lost) + len(source.bad)
+    counts = {"unreadable": len(source.bad), "no answer": len(lost)} | cleaned.counts
+    if not source.bad:
         counts.pop("unreadable")
     if recipe.teacher is None:
         counts.pop("no answer")
     place.mkdir(parents=True, exist_ok=True)
-    write_rejected(place / "rejected.jsonl", [*_unread(rows.bad), *lost, *cleaned.rejected])
+    write_rejected(place / "rejected.jsonl", [*_unread(source.bad), *lost, *cleaned.rejected])
     write_jsonl(place / "train.jsonl", [_row(item) for item in cleaned.kept])
     record = {
         "source": recipe.data.source,
         "rows": total,
-        "held_out": rows.held_out,
+        "held_out": source.held_out,
         "counts": counts,
         "unchecked": cleaned.unchecked,
         "kept": len(cleaned.kept),
-        "evaluated": len(evaluated),
+        "evaluated": len(source.evaluated),
         "spent": spent,
         "prompts": _prompts(recipe),
         "table": summary_table(counts, total, cleaned.unchecked),

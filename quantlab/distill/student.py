@@ -20,7 +20,7 @@ from torch import nn
 
 from quantlab.errors import DataError, MachineError
 from quantlab.models.files import ModelFiles, open_files
-from quantlab.models.load import load_subject, pick_device
+from quantlab.models.load import load_subject, packed_as, pick_device
 from quantlab.quant.bnb import bnb_config
 
 UNIT_ROWS = 1024  # unit vectors sent through a layer at once when its weights are read
@@ -121,11 +121,11 @@ def _adapt(model: Any, r: int, alpha: int, dropout: float, targets: str | Sequen
         raise MachineError("LoRA needs the peft library", hint="pip install peft") from error
     model.requires_grad_(False)
     names: str | list[str] = targets if isinstance(targets, str) else list(targets)
-    if names == "all-linear" and any("BaseQuantLinear" in _kinds(m) for m in model.modules()):
-        # peft knows plain and bitsandbytes layers by that word, not gptqmodel's
-        names = sorted(
-            {n.rpartition(".")[2] for n, m in model.named_modules() if "BaseQuantLinear" in _kinds(m)}
-        )
+    packed = {n.rpartition(".")[2] for n, m in model.named_modules() if packed_as(m) == "BaseQuantLinear"}
+    if (
+        names == "all-linear" and packed
+    ):  # peft knows plain and bitsandbytes layers by that word, not gptqmodel's
+        names = sorted(packed)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -211,7 +211,7 @@ def _tensors(inner: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     layers = {
         name: module
         for name, module in inner.named_modules()
-        if hasattr(module, "base_layer") or _is_packed(module)
+        if hasattr(module, "base_layer") or packed_as(module)
     }
     outer = [name for name in layers if not any(name.startswith(other + ".") for other in layers)]
     for name in outer:
@@ -229,14 +229,6 @@ def _tensors(inner: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in [*inner.named_parameters(), *inner.named_buffers()]:
         if not name.startswith(inside):
             yield name, value.float()
-
-
-def _is_packed(module: nn.Module) -> bool:
-    return bool(_kinds(module) & {"Linear4bit", "Linear8bitLt", "BaseQuantLinear"})
-
-
-def _kinds(module: nn.Module) -> set[str]:
-    return {kind.__name__ for kind in type(module).__mro__}
 
 
 def linear_weight(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -274,8 +266,7 @@ def save_adapted(student: Student, out: Path) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     student.model.save_pretrained(out)
-    for name in ("README.md", "adapter_config.json.lock"):  # peft's template; ours is written in its place
-        (out / name).unlink(missing_ok=True)
+    (out / "README.md").unlink(missing_ok=True)  # peft's template; ours is written in its place
     if student.files.quantized is None:
         base = student.model.unload()
         base.config.use_cache = True

@@ -28,7 +28,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from quantlab.distill import attention
 from quantlab.distill.data import IGNORED, Block, Example, collate
 from quantlab.distill.losses import divergence_sum
-from quantlab.distill.student import Student
+from quantlab.distill.processes import is_first_process, process_count
+from quantlab.distill.student import Student, train_in_float32
 from quantlab.errors import DataError
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Advance, Progress
@@ -125,7 +126,7 @@ def train(
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(trl|accelerate|peft|torch)(\..*)?")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     steps = settings.steps(len(blocks), processes)
     every = settings.eval_every or max(1, steps // EVALUATIONS)
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,8 +153,6 @@ def train(
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         if student.adapted:
-            from quantlab.distill.student import train_in_float32
-
             train_in_float32(student.model)  # trl stores the adapters of a quantized model in bfloat16
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         # Mixed precision wraps the model's forward; what is measured and saved from here on is the model itself.
@@ -182,7 +181,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     for path in folder.glob("checkpoint-*"):
         if (path / WHOLE).is_file():
             found.append(path)
-        elif int(os.environ.get("RANK", "0")) == 0:
+        elif is_first_process():
             shutil.rmtree(path, ignore_errors=True)
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 

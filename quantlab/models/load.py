@@ -134,12 +134,12 @@ def keep_bnb_storage(model: nn.Module) -> None:
 def count_params(model: nn.Module, files: ModelFiles) -> int:
     """Parameters of the model before quantization: packed layers count as the matrices they stand for."""
     config: Mapping[str, Any] | None = files.quantized
-    if config is None and not any(_packed(m) for m in model.modules()):
+    if config is None and not any(packed_as(m) for m in model.modules()):
         return files.params
     total = 0
     inside: set[int] = set()
     for module in model.modules():
-        if _packed(module):
+        if packed_as(module):
             bias = getattr(module, "bias", None)
             total += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
             total += bias.numel() if isinstance(bias, torch.Tensor) else 0
@@ -147,6 +147,7 @@ def count_params(model: nn.Module, files: ModelFiles) -> int:
     return total + sum(p.numel() for p in model.parameters() if id(p) not in inside)
 
 
-def _packed(module: nn.Module) -> bool:
+def packed_as(module: nn.Module) -> str | None:
+    """The library class that a layer of packed weights is of (bitsandbytes' or gptqmodel's); None for any other."""
     kinds = {c.__name__ for c in type(module).__mro__}
-    return bool(kinds & {"Linear4bit", "Linear8bitLt", "BaseQuantLinear"})
+    return next((kind for kind in ("Linear4bit", "Linear8bitLt", "BaseQuantLinear") if kind in kinds), None)
