@@ -1,11 +1,13 @@
 """Text2SQL rows: `{db_id, context (DDL), question, answer (SQL)}` and what may stand beside them.
 
 The columns are those of the book's `shangrilar/ko_text2sql`. `database` names a SQLite file (relative to
-the JSONL file) that gold and prediction run on, `alternatives` are other accepted queries, `id` defaults to
-the row's number. The bundled training rows leave `context` out; it is filled from their domain's DDL.
+the JSONL file) that gold and prediction run on, `alternatives` are other accepted queries, `dialect` is what
+the golds are written in (sqlite, mysql, postgres, …; unknown when left out), `id` defaults to the row's number.
+The bundled training rows leave `context` out; it is filled from their domain's DDL.
 
 Sources: `ko_text2sql:test|dev|train` (bundled), a path or bundled name as in `quantlab.paths.find_source`,
-or `hf:owner/name[/config]:split` through the datasets library. Every complaint names the file and the line.
+`hf:owner/name[/config]:split` through the datasets library, or a published benchmark on disk, as in
+`quantlab.sql.adapters` (`spider:/data/spider:dev`). Every complaint names the file and the line or row.
 """
 
 from __future__ import annotations
@@ -13,16 +15,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quantlab.errors import DataError, MachineError
-from quantlab.paths import find_source
+from quantlab.paths import DATA, find_source, nearest
+from quantlab.sql import adapters
 
 _REQUIRED = ("db_id", "question", "answer")
-_KNOWN = frozenset({*_REQUIRED, "id", "context", "database", "alternatives"})
+_KNOWN = frozenset({*_REQUIRED, "id", "context", "database", "alternatives", "dialect"})
+_ALIASES = {"postgresql": "postgres", "mariadb": "mysql", "sqlite3": "sqlite"}
+
+Raw = TypeVar("Raw")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Item:
     database: Path | None = None
     alternatives: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    dialect: str = ""  # of the golds, "" when unknown
 
     @property
     def golds(self) -> tuple[str, ...]:
@@ -56,17 +63,35 @@ def load_items(source: str, limit: int | None = None, bad: list[BadRow] | None =
 
     A `limit` takes that many rows at even distances, not the first ones: files are often sorted by database.
     """
+    benchmark, rest = _benchmark(source)
+    if benchmark:
+        from quantlab.sql.adapters.schemas import Schemas
+
+        with Schemas() as schemas:
+            found = adapters.load(benchmark, rest, schemas)
+            raw = [(row.where, row) for row in found.rows]
+            return _collect(raw, lambda where, row: found.read(row), found.name, limit, bad)
     if source.startswith("hf:"):
-        rows, name, folder = _hub_rows(source), source, None
+        rows, name, folder = hub_rows(source), source, None
     else:
         path = find_source(_bundled_name(source))
         rows, name, folder = _file_rows(path), str(path), path.parent
+    return _collect(rows, lambda where, row: parse_row(row, where, folder), name, limit, bad)
+
+
+def _collect(
+    rows: list[tuple[str, Raw]],
+    read: Callable[[str, Raw], Item],
+    name: str,
+    limit: int | None,
+    bad: list[BadRow] | None,
+) -> list[Item]:
     if limit is not None and limit < len(rows):
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
     items = []
     for where, row in rows:
         try:
-            items.append(parse_row(row, where, folder))
+            items.append(read(where, row))
         except DataError as error:
             if bad is None:
                 raise
@@ -84,6 +109,9 @@ def digest(items: Iterable[Item]) -> str:
     state = hashlib.sha256()
     for item in items:
         fields = [item.id, item.context, item.question, *item.golds, _database_digest(item.database)]
+        # What most data do not have is named only where it is: their digests stay as they were.
+        fields += [item.dialect] if item.dialect else []
+        fields += [f"evidence {item.extra['evidence']}"] if item.extra.get("evidence") else []
         state.update(json.dumps(fields, ensure_ascii=True).encode() + b"\n")
     return state.hexdigest()[:16]
 
@@ -103,6 +131,9 @@ def parse_row(row: Any, where: str, folder: Path | None = None) -> Item:
     alternatives = row.get("alternatives") or ()
     if not isinstance(alternatives, list | tuple) or not all(isinstance(sql, str) for sql in alternatives):
         raise DataError(f"{where}: 'alternatives' must be a list of queries")
+    dialect = row.get("dialect") or ""
+    if not isinstance(dialect, str):
+        raise DataError(f"{where}: 'dialect' must be a name such as sqlite, mysql or postgres")
     return Item(
         id=str(row["id"] if row.get("id") is not None else where.rpartition(":")[2]),
         db_id=str(row["db_id"]),
@@ -112,7 +143,21 @@ def parse_row(row: Any, where: str, folder: Path | None = None) -> Item:
         database=_database(row, where, folder),
         alternatives=tuple(alternatives),
         extra={key: value for key, value in row.items() if key not in _KNOWN},
+        dialect=_ALIASES.get(dialect.strip().lower(), dialect.strip().lower()),
     )
+
+
+def _benchmark(source: str) -> tuple[str, str]:
+    """The published benchmark that a source names and what follows, or ("", ""): what is bundled is no benchmark."""
+    name, colon, rest = source.partition(":")
+    if not colon or source.startswith("hf:") or (DATA / _bundled_name(source)).is_file():
+        return "", ""
+    if name in adapters.ADAPTERS:
+        return name, rest
+    near = nearest(name, adapters.ADAPTERS)
+    if near and "/" not in name and not Path(source).exists():
+        raise DataError(f"no benchmark {name!r}: {source}", hint=f"did you mean {near}:{rest}?")
+    return "", ""
 
 
 def _bundled_name(source: str) -> str:
@@ -176,12 +221,12 @@ def _file_rows(path: Path) -> list[tuple[str, Any]]:
                     rows.append((f"{path}:{number}", json.loads(line)))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{number}: not JSON: {error.msg}") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no text, or a number of a thousand digits
         raise DataError(f"cannot read {path}: {error}") from error
     return rows
 
 
-def _hub_rows(source: str) -> list[tuple[str, Any]]:
+def hub_rows(source: str) -> list[tuple[str, Any]]:
     """Rows of a Hugging Face dataset, from the hub or its local cache."""
     try:
         from datasets import load_dataset
