@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantlab.sql.compare import compare
+from quantlab.sql.compare import Comparison, compare
 from quantlab.sql.ordering import Group, order_plan, tie_groups
 from quantlab.sql.sandbox import Execution, Sandbox
 
@@ -35,6 +35,10 @@ class Gold:
     sorted_by: str = ""
 
     @property
+    def ran(self) -> bool:
+        return self.execution.status == "rows"
+
+    @property
     def usable(self) -> bool:
         return self.execution.status == "rows" and len(self.execution.rows) > 0
 
@@ -50,41 +54,67 @@ def run_gold(sandbox: Sandbox, database: Path, sql: str) -> Gold:
     return Gold(execution, tie_groups(plan, execution.rows, rows), plan.words)
 
 
-def judge(sandbox: Sandbox, database: Path, golds: Sequence[str], predicted: str) -> Verdict:
-    """The verdict on one prediction; any of `golds` may be met. An empty prediction is `unparsed`."""
-    return judge_against(sandbox, database, [run_gold(sandbox, database, sql) for sql in golds], predicted)
+def judge(sandbox: Sandbox, database: Path | Sequence[Path], golds: Sequence[str], predicted: str) -> Verdict:
+    """The verdict on one prediction; any of `golds` may be met. An empty prediction is `unparsed`.
+
+    On several databases (witness databases) the same gold must be met on all of them, and the first failure is told.
+    """
+    databases = [database] if isinstance(database, Path) else list(database)
+    runs = [[run_gold(sandbox, path, sql) for sql in golds] for path in databases]
+    return judge_against(sandbox, databases, runs, predicted)
 
 
-def judge_against(sandbox: Sandbox, database: Path, golds: Sequence[Gold], predicted: str) -> Verdict:
-    """`judge` with the golds already run."""
-    usable = [gold for gold in golds if gold.usable]
-    evidence = bool(usable)
+def judge_against(
+    sandbox: Sandbox, databases: Sequence[Path], runs: Sequence[Sequence[Gold]], predicted: str
+) -> Verdict:
+    """`judge` with the golds already run: `runs` has a row for each database, in it a Gold for each accepted query."""
+    numbers = range(len(runs[0]))
+    possible = [
+        n for n in numbers if all(golds[n].ran for golds in runs) and any(golds[n].usable for golds in runs)
+    ]
+    evidence = bool(possible)
     if not predicted.strip():
         return Verdict("unparsed", "no SQL statement in the output", evidence)
-    execution = sandbox.run(database, predicted, role="prediction")
+    remark = kind = ""
+    for at, (path, golds) in enumerate(zip(databases, runs, strict=True), start=1):
+        where = f" (witness database {at} of {len(databases)})" if len(databases) > 1 else ""
+        execution = sandbox.run(path, predicted, role="prediction")
+        kind = execution.kind
+        failure = _failed(execution, golds, evidence, where)
+        if failure is not None:
+            return failure
+        if not evidence:
+            return _without_evidence([gold for row in runs for gold in row], execution)
+        found = {number: _compared(golds[number], execution) for number in possible}
+        met = [number for number in possible if found[number].equal]
+        if not met:
+            return Verdict("wrong", found[possible[0]].reason + where, True, kind)
+        possible, remark = met, remark or found[met[0]].reason
+    return Verdict("ok", remark, True, kind)
+
+
+def _failed(execution: Execution, golds: Sequence[Gold], evidence: bool, where: str) -> Verdict | None:
+    """The verdict on a prediction that gave no rows to compare."""
     if execution.status == "timeout":
-        return Verdict("timeout", execution.reason, evidence, execution.kind)
+        return Verdict("timeout", execution.reason + where, evidence, execution.kind)
+    usable = [gold for gold in golds if gold.usable]
     if execution.kind == "too_many_rows" and usable:
-        why = f"{execution.reason}, against {len(usable[0].execution.rows)}"
+        why = f"{execution.reason}, against {len(usable[0].execution.rows)}{where}"
         return Verdict("wrong", why, evidence, execution.kind)
     if execution.status == "error":
-        return Verdict("error", execution.reason, evidence, execution.kind)
-    if not usable:
-        return _without_evidence(golds, execution)
-    reasons = []
-    for gold in usable:
-        comparison = compare(
-            gold.execution.rows,
-            execution.rows,
-            gold_columns=gold.execution.columns,
-            predicted_columns=execution.columns,
-            groups=gold.groups,
-            sorted_by=gold.sorted_by,
-        )
-        if comparison.equal:
-            return Verdict("ok", comparison.reason, True, execution.kind)
-        reasons.append(comparison.reason)
-    return Verdict("wrong", reasons[0], True, execution.kind)
+        return Verdict("error", execution.reason + where, evidence, execution.kind)
+    return None
+
+
+def _compared(gold: Gold, execution: Execution) -> Comparison:
+    return compare(
+        gold.execution.rows,
+        execution.rows,
+        gold_columns=gold.execution.columns,
+        predicted_columns=execution.columns,
+        groups=gold.groups,
+        sorted_by=gold.sorted_by,
+    )
 
 
 def _without_evidence(golds: Sequence[Gold], execution: Execution) -> Verdict:

@@ -40,7 +40,10 @@ def normalize(sql: str, dialect: str = "sqlite") -> str | None:
 
 
 def parse(sql: str, dialect: str = "sqlite") -> exp.Expression | None:
-    """The syntax tree of one statement; None for none, for several, and for what sqlglot cannot read."""
+    """The syntax tree of one statement; None for none, for several, for a very long one, and for what sqlglot cannot
+    read."""
+    if len(sql) > MAX_LENGTH:
+        return None
     try:
         trees = [tree for tree in sqlglot.parse(sql, read=dialect) if tree is not None]
     except (sqlglot.errors.SqlglotError, RecursionError, ValueError):
