@@ -165,8 +165,9 @@ def distill(
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hugging Face id, directory, or embedded:base.")
-    ],
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Hugging Face id, directory, or embedded:base."),
+    ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option("--task", metavar="TASK", help="perplexity, text2sql, fidelity, speed, lm-eval:<name>."),
@@ -174,6 +175,28 @@ def evaluate(
     baseline: Annotated[
         str | None,
         typer.Option("--baseline", help="The model to compare with: fidelity, ratio, lost and gained."),
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictions", help="Instead of a model: JSON lines of id and prediction (SQL) to score."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="The questions: a file, or spider:DIR:dev, bird:DIR, hf:owner/name:split, …"
+        ),
+    ] = None,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="RULE", help="Beside ours: spider-test-suite, bird, sql-eval."),
+    ] = None,
+    judge: Annotated[
+        Path | None,
+        typer.Option(
+            "--judge", help="With --predictions: JSON lines of id and answer (yes or no) to set against ours."
+        ),
     ] = None,
     results: Results = Path("results"),
     overrides: Sets = None,
@@ -184,17 +207,21 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model or a checkpoint as it is stored, and add it to the leaderboard."""
+    """Measure a model or a checkpoint as it is stored, or score SQL that is written already."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):
-        from quantlab.commands.evaluate import Options, run
+        from quantlab.commands.evaluate import Options, run_either
 
-        run(
+        run_either(
             model,
+            predictions,
+            judge,
             Options(
                 tasks=tuple(tasks or ()),
                 baseline=baseline,
+                data=data,
+                rules=tuple(rules or ()),
                 results=results,
                 overrides=tuple(overrides or ()),
                 device=device,

@@ -62,6 +62,15 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: `$QUANTLAB_CACHE`, else `quantlab` in the user's cache folder."""
+    named = os.environ.get("QUANTLAB_CACHE")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "quantlab"
+
+
 def slug(text: str) -> str:
     """`Qwen/Qwen2.5-0.5B` → `Qwen2.5-0.5B`, `embedded:base` → `embedded-base`: fit for a directory name."""
     last = text.rstrip("/").split("/")[-1] if ":" not in text else text

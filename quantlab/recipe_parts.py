@@ -7,7 +7,14 @@ import json
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from quantlab.paths import nearest
 
@@ -36,12 +43,40 @@ class PerplexityOptions(Strict):
     max_tokens: Positive | None = None
 
 
+_FIRST_TEXT2SQL_KEYS = ("data", "limit", "batch_size", "max_new_tokens", "stop")
+
+
 class Text2SqlOptions(Strict):
     data: str = "ko_text2sql/test.jsonl"
     limit: Positive | None = None
     batch_size: Positive = 16
     max_new_tokens: Positive = 192
     stop: Literal["statement", "eos"] = "statement"
+    shots: Annotated[int, Field(ge=0)] = 0  # examples before the question, the same ones for every question
+    shots_source: str | None = None  # where they come from; default ko_text2sql/train.jsonl
+    chat: Literal["auto", "always", "never"] = "never"  # through the chat template; auto: where there is one
+    linker: Literal["none", "lexical"] = "none"  # leaves out tables that the question does not seem to need
+
+    dialect: Literal["auto", "sqlite", "mysql", "postgres"] = (
+        "auto"  # of golds and answers; auto: as the data says
+    )
+    witness: Literal["auto", "always"] = (
+        "auto"  # always: databases made from DDL and gold, even where there is one
+    )
+    rules: list[Literal["spider-test-suite", "bird", "sql-eval"]] = []  # published rules to set beside ours
+
+    @model_validator(mode="after")
+    def _shots_have_a_use(self) -> Text2SqlOptions:
+        if self.shots_source is not None and self.shots == 0:
+            raise ValueError("@shots_source: no examples are asked for; set shots to 1 or more")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_silent_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys younger than the first published results are left out at their defaults: their digests stay good."""
+        content: dict[str, Any] = handler(self)
+        defaults = {key: field.default for key, field in type(self).model_fields.items()}
+        return {k: v for k, v in content.items() if k in _FIRST_TEXT2SQL_KEYS or v != defaults[k]}
 
 
 class FidelityOptions(Strict):

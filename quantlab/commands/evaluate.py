@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,56 @@ class Options:
 
     tasks: tuple[str, ...] = ()
     baseline: str | None = None
+    data: str | None = None
+    rules: tuple[str, ...] = ()
     results: Path = Path("results")
     overrides: tuple[str, ...] = ()
     device: str = "auto"
     resume: bool = False
     dry_run: bool = False
     trust_remote_code: bool = False
+
+
+def run_either(
+    model: str | None,
+    predictions: Path | None,
+    judge: Path | None,
+    options: Options,
+    *,
+    as_json: bool = False,
+) -> None:
+    """Measure a model, or score predictions: exactly one of the two is given."""
+    if (model is None) == (predictions is None):
+        raise RecipeError(
+            "a model and --predictions at once" if model is not None else "nothing to evaluate",
+            hint="quantlab evaluate MODEL, or quantlab evaluate --predictions FILE --data FILE",
+        )
+    if predictions is None:
+        if judge is not None:
+            raise RecipeError("--judge goes with --predictions")
+        assert model is not None
+        run(model, options, as_json=as_json)
+        return
+    unused = [name for name in ("baseline", "dry_run", "trust_remote_code") if getattr(options, name)]
+    if unused:
+        raise RecipeError(
+            f"--{unused[0].replace('_', '-')} has no meaning with --predictions: no model is loaded"
+        )
+    from quantlab.commands import predictions as written
+
+    written.run(
+        predictions,
+        written.Options(
+            options.data,
+            options.rules,
+            judge,
+            options.tasks,
+            options.results,
+            options.overrides,
+            options.resume,
+        ),
+        as_json=as_json,
+    )
 
 
 def run(model: str, options: Options, *, as_json: bool = False) -> None:
@@ -58,7 +103,7 @@ def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]
     """Everything between the command line and its last line; returns the summary."""
     check_device(options.device)
     tasks = options.tasks or (*DEFAULT_TASKS, *(("fidelity",) if options.baseline else ()))
-    recipe = _recipe(tasks, options.overrides)
+    recipe = _recipe(tasks, options)
     if "fidelity" in recipe.evaluate and options.baseline is None:
         parent = provenance(Path(model)).get("parent") or "MODEL"
         raise RecipeError(
@@ -97,12 +142,20 @@ def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]
     }
 
 
-def _recipe(tasks: tuple[str, ...], overrides: tuple[str, ...]) -> EvaluateRecipe:
+def _recipe(tasks: tuple[str, ...], options: Options) -> EvaluateRecipe:
     text = yaml.safe_dump({"kind": "evaluate", "evaluate": list(tasks)})
-    recipe = parse_recipe(text, "--task", overrides)
+    recipe = parse_recipe(
+        text, "--task", [*options.overrides, *text2sql_overrides(options.data, options.rules)]
+    )
     if not isinstance(recipe, EvaluateRecipe):
         raise RecipeError("--set kind: an evaluation stays an evaluation")
     return recipe
+
+
+def text2sql_overrides(data: str | None, rules: Sequence[str]) -> list[str]:
+    """`--data` and `--metric` as overrides of the recipe."""
+    found = [f"tasks.text2sql.data={data}"] if data is not None else []
+    return found + ([f"tasks.text2sql.rules=[{', '.join(rules)}]"] if rules else [])
 
 
 def _baseline(target: Work, options: Options) -> tuple[Run | None, list[Work]]:

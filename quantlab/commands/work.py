@@ -105,14 +105,11 @@ def data_digest(recipe: Recipe, task: str) -> str:
     """16 hexadecimal characters for the data of a task, "" for a task without. DataError for data that is bad."""
     options: Any = recipe.tasks.of(task)
     if task == "text2sql":
-        from quantlab.evals.text2sql import need_databases
         from quantlab.sql.dataset import digest, load_items
 
         if options.data.startswith("hf:"):
             return short_hash([options.data])
-        items = load_items(options.data, options.limit)
-        need_databases(items)
-        return digest(items)
+        return digest(load_items(options.data, options.limit))
     if task in WINDOWED:
         return text_digest(options.source)
     if task.startswith("lm-eval:") and options.include_path:

@@ -1,23 +1,23 @@
 """Any task of EleutherAI's lm-evaluation-harness, on the model that is already loaded.
 
-`lm-eval:<name>` runs through `simple_evaluate`. With `include_path` the task files of that directory are
-read and the harness's own thousands are not scanned unless the name is not among them, which saves several
-seconds.
+`lm-eval:<name>` runs through `simple_evaluate`. The task files of `include_path` and quantlab's own
+(`lm_eval_tasks`) are read first; the harness's thousands are not scanned unless the name is not among them, which
+saves several seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError, MachineError, RecipeError
+from quantlab.evals.lm_eval_tasks import FOLDER
 from quantlab.models.load import Subject
 from quantlab.paths import find_source, nearest
 from quantlab.progress import Progress
 from quantlab.recipe import LmEvalOptions
-from quantlab.results import Sample, TaskResult
+from quantlab.results import VERDICTS, Sample, TaskResult
 
 
 def evaluate(
@@ -65,15 +65,16 @@ def task_manager(task: str, include_path: str | None) -> Any:
     """A TaskManager that knows `task`, with the harness's own tasks only where they are needed."""
     from lm_eval.tasks import TaskManager
 
-    folder: Path | None = None
+    folders = [FOLDER]
     if include_path is not None:
-        folder = find_source(include_path)
-        if not folder.is_dir():
+        folders.append(find_source(include_path))  # the last one wins where two define a task
+        if not folders[-1].is_dir():
             raise RecipeError(f"include_path {include_path} is not a directory")
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        if task in manager.all_tasks:
-            return manager
-    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=True)
+    paths = [str(folder) for folder in folders]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if task in manager.all_tasks:
+        return manager
+    manager = TaskManager(include_path=paths, include_defaults=True)
     if task not in manager.all_tasks:
         near = nearest(task, manager.all_tasks)
         raise RecipeError(
@@ -104,10 +105,14 @@ def flatten(found: Any, task: str) -> tuple[dict[str, float | int | str | None],
 
 def _sample(identity: str, row: dict[str, Any]) -> Sample:
     scores = {name: row[name] for name in row.get("metrics", ()) if isinstance(row.get(name), int | float)}
-    right = next((scores[name] for name in ("acc", "exact_match", "acc_norm") if name in scores), None)
-    verdict = "ok" if right is None or right >= 1 else "wrong"
     output = row.get("filtered_resps", "")
-    why = "" if verdict == "ok" else f"expected {row.get('target', '')}"
+    if isinstance(output, list) and len(output) == 1 and isinstance(output[0], str):
+        output = output[0]  # what the model wrote, not a list of it
+    verdict, _, why = str(row.get("verdict", "")).partition(": ")  # quantlab's own tasks say it themselves
+    if verdict not in VERDICTS:
+        right = next((scores[name] for name in ("acc", "exact_match", "acc_norm") if name in scores), None)
+        verdict = "ok" if right is None or right >= 1 else "wrong"
+        why = "" if verdict == "ok" else f"expected {row.get('target', '')}"
     return Sample(identity, str(row.get("doc", "")), str(output), verdict, why, {"scores": scores})
 
 

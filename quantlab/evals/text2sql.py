@@ -6,7 +6,11 @@ how many answers ended there of themselves is `stopped`, reported beside it. An 
 nothing says nothing about a prediction: it is left out of EX, whatever the prediction, and counted as
 `no_evidence`.
 
-Scoring needs no model: `score` takes outputs, wherever they come from.
+An item with a populated database is run on it, one without on witness databases made from its DDL and gold
+(`quantlab.sql.grounds`). An item that cannot be run at all is an error that is not scored, with the reason.
+
+Scoring needs no model: `score` takes outputs, wherever they come from. `rules` sets the verdicts of published
+evaluators beside ours.
 """
 
 from __future__ import annotations
@@ -16,17 +20,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from quantlab.errors import DataError
+from quantlab.evals.prompting import make_prompts
+from quantlab.evals.published import beside, compare_rule
 from quantlab.evals.statistics import wilson
 from quantlab.progress import Progress
 from quantlab.recipe import Text2SqlOptions
 from quantlab.results import VERDICTS, Sample, TaskResult
 from quantlab.sql.dataset import Item, digest, load_items
-from quantlab.sql.execution import Verdict, judge
+from quantlab.sql.execution import Verdict
 from quantlab.sql.extract import extract, rest_is_nothing
+from quantlab.sql.grounds import Setting, find_ground, judge_on
 from quantlab.sql.normalize import exact_match
-from quantlab.sql.prompt import build_prompt
 from quantlab.sql.sandbox import Sandbox
+from quantlab.sql.transpile import CLOCK
 
 RULES = (
     "rows as a multiset, as a sequence (up to ties) only when the gold's outermost query sorts; "
@@ -40,47 +46,79 @@ def evaluate(
 ) -> TaskResult:
     """Generate and score. Metrics of `summarize`, one sample an item."""
     items = load_items(options.data, options.limit)
-    need_databases(items)
+    prompts = make_prompts(subject, items, options)
     from quantlab.evals.generation import generate
 
     with progress.task("text2sql", total=len(items)) as advance:
         generations = generate(
             subject.model,
             subject.tokenizer,
-            [build_prompt(item.context, item.question) for item in items],
+            [prompt.text for prompt in prompts],
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
             device=subject.device,
             stop_at_statement=options.stop == "statement",
             advance=advance,
         )
-    samples = score(items, [generation.text for generation in generations], progress=progress)
-    for sample, generation in zip(samples, generations, strict=True):
+    samples = score(
+        items,
+        [generation.text for generation in generations],
+        progress=progress,
+        setting=setting_of(options),
+        rules=options.rules,
+    )
+    for sample, prompt, generation in zip(samples, prompts, generations, strict=True):
+        sample.extra.update(prompt.extra)
         sample.extra["stopped"] = generation.ended and bool(sample.extra["stopped"])
-        sample.extra["truncated"] = generation.full
+        sample.extra["truncated"] = generation.full or bool(prompt.cut)
         sample.extra["new_tokens"] = generation.tokens
     return TaskResult(
         "text2sql",
         {**summarize(samples), "data_digest": digest(items)},
         samples,
-        {
-            "data": options.data,
-            "rules": RULES,
-            "max_new_tokens": options.max_new_tokens,
-            "stop": options.stop,
-        },
+        {"max_new_tokens": options.max_new_tokens, "stop": options.stop, **details(options, samples)},
     )
 
 
+def setting_of(options: Text2SqlOptions) -> Setting:
+    """Where and how questions are run, from the options of the task."""
+    return Setting(dialect=options.dialect, witness=options.witness)
+
+
+def details(options: Text2SqlOptions, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What the numbers rest on: the data, the rules, the clock, witness databases, published rules."""
+    found: dict[str, Any] = {"data": options.data, "rules": RULES, "clock": CLOCK}
+    witnessed = [sample.extra["witness"] for sample in samples if sample.extra.get("witness")]
+    if witnessed:
+        mutants = sum(record["mutants"] for record in witnessed)
+        killed = sum(record["killed"] for record in witnessed)
+        found["witness"] = {
+            "items": len(witnessed),
+            "databases": sum(record["databases"] for record in witnessed),
+            "mutants": mutants,
+            "killed": killed,
+            "mutation_score": _share(killed, mutants),
+        }
+    if options.rules:
+        found["published"] = {rule: compare_rule(rule, samples) for rule in options.rules}
+    return found
+
+
 def score(
-    items: Sequence[Item], outputs: Sequence[str], *, progress: Progress, workers: int | None = None
+    items: Sequence[Item],
+    outputs: Sequence[str],
+    *,
+    progress: Progress,
+    workers: int | None = None,
+    setting: Setting | None = None,
+    rules: Sequence[str] = (),
 ) -> list[Sample]:
     """A sample for each item from what was written for it; needs no model."""
-    need_databases(items)
+    setting = setting or Setting()
     with Sandbox(workers=workers or min(2, os.cpu_count() or 1)) as sandbox:
 
         def one(pair: tuple[Item, str]) -> Sample:
-            return score_one(sandbox, *pair)
+            return score_one(sandbox, *pair, setting=setting, rules=rules)
 
         samples = []
         with progress.task("text2sql: execution", total=len(items)) as advance:
@@ -90,12 +128,16 @@ def score(
     return samples
 
 
-def score_one(sandbox: Sandbox, item: Item, output: str) -> Sample:
+def score_one(
+    sandbox: Sandbox, item: Item, output: str, *, setting: Setting | None = None, rules: Sequence[str] = ()
+) -> Sample:
     """Extract, match and execute one answer."""
-    assert item.database is not None
     found = extract(output)
-    verdict = judge(sandbox, item.database, item.golds, found.statement)
-    exact = bool(found.statement) and any(exact_match(found.statement, gold) for gold in item.golds)
+    ground = find_ground(item, sandbox, setting or Setting())
+    verdict = judge_on(sandbox, ground, found.statement)
+    exact = bool(found.statement) and any(
+        exact_match(found.statement, gold, ground.dialect) for gold in item.golds
+    )
     if exact and not verdict.evidence and verdict.verdict == "error" and verdict.kind == "rows":
         verdict = Verdict(
             "ok", "not scored by execution: the gold returns no rows; same query", False, verdict.kind
@@ -108,9 +150,16 @@ def score_one(sandbox: Sandbox, item: Item, output: str) -> Sample:
         "stopped": bool(found.statement) and rest_is_nothing(found.after),
         "cut_before": found.before,
         "cut_after": found.after,
+        **({"cut_inside": found.inside} if found.inside else {}),
         "db_id": item.db_id,
     }
     extra |= {key: item.extra[key] for key in ("level", "kind") if key in item.extra}
+    if ground.witness is not None:
+        extra["witness"] = ground.record
+    if rules:
+        extra["published"] = {
+            rule: beside(sandbox, ground, rule, verdict, item, found.statement) for rule in rules
+        }
     return Sample(item.id, item.question, output, verdict.verdict, verdict.why, extra)
 
 
@@ -132,16 +181,6 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float | int | str | None]:
         "truncated": sum(bool(sample.extra.get("truncated")) for sample in samples),
         **{f"n_{verdict}": counts[verdict] for verdict in VERDICTS},
     }
-
-
-def need_databases(items: Sequence[Item]) -> None:
-    """DataError where a row has no database to run on."""
-    for item in items:
-        if item.database is None:
-            raise DataError(
-                f"row {item.id} names no database, and execution needs one",
-                hint="add a 'database' column with the path of a SQLite file",
-            )
 
 
 def _share(count: int, total: int) -> float | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from quantlab.errors import DataError
 from quantlab.evals.text2sql import evaluate, score, summarize
 from quantlab.progress import Silent
 from quantlab.recipe import Text2SqlOptions
@@ -96,11 +95,22 @@ def test_with_a_model(tiny: Any, source: str) -> None:
     assert again.metrics["data_digest"] == found.metrics["data_digest"]
 
 
-def test_refused_without_a_database(tiny: Any, tmp_path: Path) -> None:
+def test_without_a_database_witness_databases_are_made(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTLAB_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "q.jsonl"
-    path.write_text(json.dumps({"db_id": 1, "context": DDL, "question": "?", "answer": "SELECT 1;"}) + "\n")
-    with pytest.raises(DataError, match="row 1 names no database"):
-        evaluate(tiny, Text2SqlOptions(data=str(path)), progress=Silent())
+    rows = [
+        {"db_id": 1, "context": DDL, "question": "?", "answer": "SELECT name FROM players WHERE score > 50;"},
+        {"db_id": 1, "context": "CREATE nonsense", "question": "?", "answer": "SELECT 1;"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate(tiny, Text2SqlOptions(data=str(path), max_new_tokens=8), progress=Silent())
+    assert found.metrics["scored"] == 1 and found.metrics["no_evidence"] == 1
+    assert found.details["witness"]["items"] == 1 and found.details["witness"]["mutation_score"] > 0.9
+    assert "the DDL cannot be read" in found.samples[1].why and found.samples[1].verdict == "error"
+    right = score(load_items(str(path)), [rows[0]["answer"], "SELECT 1;"], progress=Silent())
+    assert right[0].verdict == "ok" and right[0].extra["witness"]["databases"] >= 1
 
 
 def test_nothing_scored_is_no_share() -> None:

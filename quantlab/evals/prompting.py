@@ -1,0 +1,49 @@
+"""From the options of the Text2SQL task to the prompts that a model is given.
+
+The writing is in `quantlab.sql.prompt`, the choice of examples in `quantlab.sql.shots`; here they are fed from the
+options and from the model: its tokenizer, and how many tokens it was made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from quantlab.recipe import Text2SqlOptions
+from quantlab.sql.dataset import Item, load_items
+from quantlab.sql.prompt import Prompt, build_prompts
+from quantlab.sql.shots import SOURCE, select_shots
+
+# Share of the context that a prompt always leaves to the answer; `max_new_tokens` where that is less.
+ANSWER_SHARE = 8
+
+
+def make_prompts(subject: Any, items: Sequence[Item], options: Text2SqlOptions) -> list[Prompt]:
+    """A prompt for each item, cut to what the model can read.
+
+    Raises:
+        RecipeError: `chat` is always and the model has no chat template. DataError: too few rows for the examples.
+    """
+    source = options.shots_source or SOURCE
+    shots = select_shots(load_items(source), options.shots, items, name=source) if options.shots else []
+    return build_prompts(
+        items,
+        shots=shots,
+        linker=options.linker,
+        chat=options.chat,
+        tokenizer=subject.tokenizer,
+        room=prompt_room(subject.model, options.max_new_tokens),
+    )
+
+
+def prompt_room(model: Any, max_new_tokens: int) -> int | None:
+    """How many tokens a prompt may have, or None where the model's configuration does not say what it can read."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # a model that also sees has its text part's numbers inside
+        config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    for name in names:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size > 1:
+            return size - max(1, min(max_new_tokens, size // ANSWER_SHARE))
+    return None

@@ -1,0 +1,104 @@
+"""Where a question's queries run, and how they read in SQLite.
+
+A question with a populated database runs on it. One without gets witness databases, made from its DDL and golds
+(`witness.py`) and kept in a cache. Golds and predictions in MySQL's or PostgreSQL's dialect are translated
+(`transpile.py`), with the clock at a fixed date in every dialect.
+
+Nothing here raises for what a dataset says: a question that cannot be scored says why in `Ground.reason`, and is
+counted apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantlab.errors import DataError
+from quantlab.paths import cache_folder
+from quantlab.sql.dataset import Item
+from quantlab.sql.execution import Verdict, judge
+from quantlab.sql.sandbox import Sandbox
+from quantlab.sql.schema import DIALECTS, read_schema
+from quantlab.sql.transpile import CLOCK, to_sqlite
+from quantlab.sql.witness import Witness, build
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How questions are run: plain options. `dialect` auto: what the row says, else SQLite where there is a database,
+    else what the DDL looks like. `witness` always: also in place of a populated database. `folder`: the cache."""
+
+    dialect: str = "auto"
+    witness: str = "auto"
+    clock: str = CLOCK
+    seed: int = 0
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Ground:
+    """`databases` is empty where nothing can be run, and `reason` says why. `golds` are in SQLite's dialect."""
+
+    databases: tuple[Path, ...]
+    golds: tuple[str, ...]
+    dialect: str
+    clock: str = CLOCK
+    reason: str = ""
+    witness: Witness | None = None
+
+    @property
+    def record(self) -> dict[str, int | list[str]]:
+        """For a sample: how many witness databases, and how good they are."""
+        if self.witness is None:
+            return {}
+        return {
+            "databases": len(self.databases),
+            "mutants": self.witness.mutants,
+            "killed": self.witness.killed,
+        }
+
+
+def find_ground(item: Item, sandbox: Sandbox, setting: Setting) -> Ground:
+    """The ground of one question. MachineError where witness databases cannot be written."""
+    own = item.database if setting.witness != "always" else None
+    dialect = _dialect(item, setting, own)
+    translated = [to_sqlite(sql, dialect, setting.clock) for sql in item.golds]
+    golds = tuple(found.sql for found in translated if found.sql)
+    if not translated[0].sql:
+        return Ground((), (), dialect, setting.clock, f"the gold query: {translated[0].reason}")
+    if own is not None:
+        return Ground((own,), golds, dialect, setting.clock)
+    try:
+        schema = read_schema(item.context)
+    except DataError as error:
+        return Ground((), golds, dialect, setting.clock, f"no database, and the DDL cannot be read: {error}")
+    folder = setting.folder or cache_folder() / "witness"
+    witness = build(schema, golds, sandbox, folder, seed=setting.seed)
+    reason = "" if witness.databases else f"no witness database: {witness.reason}"
+    return Ground(witness.databases, golds, dialect, setting.clock, reason, witness)
+
+
+def judge_on(sandbox: Sandbox, ground: Ground, statement: str) -> Verdict:
+    """The verdict on one predicted statement; one that cannot be translated is `unparsed`, never wrong."""
+    if ground.reason:
+        return Verdict("error", f"not scored: {ground.reason}", evidence=False)
+    if not statement.strip():
+        return judge(sandbox, ground.databases, ground.golds, "")
+    translated = to_sqlite(statement, ground.dialect, ground.clock)
+    verdict = judge(sandbox, ground.databases, ground.golds, translated.sql)
+    if not translated.sql:
+        return Verdict("unparsed", translated.reason, verdict.evidence)
+    return verdict
+
+
+def _dialect(item: Item, setting: Setting, own: Path | None) -> str:
+    if setting.dialect != "auto":
+        return setting.dialect
+    if item.dialect in DIALECTS:
+        return item.dialect
+    if own is not None or item.database is not None:
+        return "sqlite"
+    try:
+        return read_schema(item.context).dialect
+    except DataError:
+        return "sqlite"
