@@ -166,7 +166,7 @@ def distill(
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="Hugging Face id, directory, or embedded:base."),
+        typer.Argument(metavar="MODEL", help="Hugging Face id, directory, or embedded:base."),
     ] = None,
     tasks: Annotated[
         list[str] | None,

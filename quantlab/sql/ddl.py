@@ -25,6 +25,7 @@ from quantlab.sql.ddl_types import Type, read_type
 from quantlab.sql.schema import DIALECTS, Schema, SchemaError, shorten
 
 MAX_TABLES = 2000
+_CREATED = ("TABLE", "VIEW", "INDEX", "TYPE", "DOMAIN")
 
 
 def read_ddl(ddl: str, dialect: str | None = None) -> Schema:
@@ -57,6 +58,7 @@ class _Reader:
         self.tables: dict[str, RawTable] = {}
         self.types: dict[str, Type] = {}
         self.notes: list[str] = []
+        self.views: list[str] = []
         self.ignored: Counter[str] = Counter()
         self.around = Surroundings(dialect, self.types, self.notes)
 
@@ -74,7 +76,8 @@ class _Reader:
             raise SchemaError(
                 f"the DDL creates no table: {shorten(reason, 200)}", hint="CREATE TABLE is expected"
             )
-        return finish(list(self.tables.values()), self.dialect, self.notes)
+        schema = finish(list(self.tables.values()), self.dialect, self.notes)
+        return replace(schema, views=tuple(self.views))
 
     def _statement(self, cursor: Cursor) -> None:
         if cursor.take("CREATE"):
@@ -87,9 +90,7 @@ class _Reader:
 
     def _create(self, cursor: Cursor) -> None:
         words: list[str] = []
-        while (
-            cursor.peek() not in ("TABLE", "INDEX", "TYPE", "DOMAIN") and not cursor.done and len(words) < 6
-        ):
+        while cursor.peek() not in _CREATED and not cursor.done and len(words) < 6:
             words.append(cursor.peek())
             cursor.next()
         what = cursor.peek()
@@ -98,8 +99,14 @@ class _Reader:
             self._index(cursor, unique="UNIQUE" in words)
             return
         cursor.take("IF", "NOT", "EXISTS")
-        if what == "TABLE" and not {"VIRTUAL", "VIEW", "TRIGGER", "FUNCTION", "PROCEDURE"} & set(words):
+        if {"VIRTUAL", "TRIGGER", "FUNCTION", "PROCEDURE"} & set(words):
+            self.ignored[shorten(" ".join(["CREATE", *words[:2]]), 30)] += 1
+        elif what == "TABLE":
             self._table(cursor)
+        elif what == "VIEW":
+            name = cursor.name() or ""
+            self.views.append(name)
+            self.notes.append(f"view {shorten(name)}: left out")
         elif what in ("TYPE", "DOMAIN"):
             self._type(cursor)
         else:
@@ -111,6 +118,7 @@ class _Reader:
             raise SchemaError("the name of a table is expected")
         body = cursor.group()
         if body is None or (body and body[0].upper in ("SELECT", "WITH")):
+            self.views.append(name)
             self.notes.append(f"table {shorten(name)}: its columns are not written out, left out")
             return
         table = RawTable(name)

@@ -10,7 +10,7 @@ counted apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantlab.errors import DataError
@@ -18,7 +18,7 @@ from quantlab.paths import cache_folder
 from quantlab.sql.dataset import Item
 from quantlab.sql.execution import Verdict, judge
 from quantlab.sql.sandbox import Sandbox
-from quantlab.sql.schema import DIALECTS, read_schema
+from quantlab.sql.schema import DIALECTS, Schema, read_schema
 from quantlab.sql.transpile import CLOCK, to_sqlite
 from quantlab.sql.witness import Witness, build
 
@@ -42,6 +42,7 @@ class Ground:
     databases: tuple[Path, ...]
     golds: tuple[str, ...]
     dialect: str
+    schema: Schema | None = None
     clock: str = CLOCK
     reason: str = ""
     witness: Witness | None = None
@@ -61,21 +62,20 @@ class Ground:
 def find_ground(item: Item, sandbox: Sandbox, setting: Setting) -> Ground:
     """The ground of one question. MachineError where witness databases cannot be written."""
     own = item.database if setting.witness != "always" else None
-    dialect = _dialect(item, setting, own)
-    translated = [to_sqlite(sql, dialect, setting.clock) for sql in item.golds]
+    dialect, schema, trouble = _dialect_and_schema(item, setting)
+    translated = [to_sqlite(sql, dialect, setting.clock, schema=schema) for sql in item.golds]
     golds = tuple(found.sql for found in translated if found.sql)
+    ground = Ground((), golds, dialect, schema, setting.clock)
     if not translated[0].sql:
-        return Ground((), (), dialect, setting.clock, f"the gold query: {translated[0].reason}")
+        return replace(ground, reason=f"the gold query: {translated[0].reason}")
     if own is not None:
-        return Ground((own,), golds, dialect, setting.clock)
-    try:
-        schema = read_schema(item.context)
-    except DataError as error:
-        return Ground((), golds, dialect, setting.clock, f"no database, and the DDL cannot be read: {error}")
+        return replace(ground, databases=(own,))
+    if schema is None:
+        return replace(ground, reason=f"no database, and the DDL cannot be read: {trouble}")
     folder = setting.folder or cache_folder() / "witness"
     witness = build(schema, golds, sandbox, folder, seed=setting.seed)
     reason = "" if witness.databases else f"no witness database: {witness.reason}"
-    return Ground(witness.databases, golds, dialect, setting.clock, reason, witness)
+    return replace(ground, databases=witness.databases, reason=reason, witness=witness)
 
 
 def judge_on(sandbox: Sandbox, ground: Ground, statement: str) -> Verdict:
@@ -84,21 +84,22 @@ def judge_on(sandbox: Sandbox, ground: Ground, statement: str) -> Verdict:
         return Verdict("error", f"not scored: {ground.reason}", evidence=False)
     if not statement.strip():
         return judge(sandbox, ground.databases, ground.golds, "")
-    translated = to_sqlite(statement, ground.dialect, ground.clock)
+    translated = to_sqlite(statement, ground.dialect, ground.clock, schema=ground.schema)
     verdict = judge(sandbox, ground.databases, ground.golds, translated.sql)
     if not translated.sql:
         return Verdict("unparsed", translated.reason, verdict.evidence)
     return verdict
 
 
-def _dialect(item: Item, setting: Setting, own: Path | None) -> str:
-    if setting.dialect != "auto":
-        return setting.dialect
-    if item.dialect in DIALECTS:
-        return item.dialect
-    if own is not None or item.database is not None:
-        return "sqlite"
+def _dialect_and_schema(item: Item, setting: Setting) -> tuple[str, Schema | None, str]:
+    """The dialect of golds and answers, and the DDL as read; None with the reason where it cannot be."""
+    known = setting.dialect if setting.dialect != "auto" else item.dialect
+    stated = known if known in DIALECTS else None
+    if item.database is not None and stated in (None, "sqlite") and setting.witness != "always":
+        return "sqlite", None, ""  # the database itself says what there is
     try:
-        return read_schema(item.context).dialect
-    except DataError:
-        return "sqlite"
+        # DDL beside a SQLite file is SQLite's, whatever it looks like; else the queries' dialect is the best guess.
+        schema = read_schema(item.context, "sqlite" if item.database is not None else stated)
+    except DataError as error:
+        return stated or "sqlite", None, str(error)
+    return stated or ("sqlite" if item.database is not None else schema.dialect), schema, ""

@@ -73,7 +73,7 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+                env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | {"TZ": "UTC"},
             )
         except OSError as error:
             raise MachineError(f"cannot start the SQL worker process: {error}") from error

@@ -89,6 +89,7 @@ class Schema:
     tables: Mapping[str, Table] = field(hash=False)
     dialect: str
     notes: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()  # names of views and of tables made from a query, whose columns are not known
 
     def table(self, name: str) -> Table | None:
         """The table of that name, upper and lower case alike."""

@@ -45,6 +45,7 @@ from quantlab.sql.dialects.structure import settle_structure
 from quantlab.sql.quiet import quiet_sqlglot
 from quantlab.sql.schema import Column, Schema
 
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`")
 MAX_LENGTH = 20_000  # characters
 MAX_NODES = 5000  # of the tree that takes the place of one node
 MAX_DEPTH = 60  # parentheses inside parentheses
@@ -113,8 +114,11 @@ def _parse(sql: str, dialect: str) -> exp.Expression:
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:
         raise Untranslatable("the query is nested too deeply")
-    if re.search(r"(?<![\w'])\d+_\d|\bago\s*'", sql):
-        raise Untranslatable("digits joined by _ and intervals with 'ago' have no counterpart in SQLite")
+    # Two things that sqlglot reads as something else, without a word.
+    if re.search(r"\bINTERVAL\s*'[^']*\bago\s*'", sql, re.IGNORECASE):
+        raise Untranslatable("an INTERVAL with 'ago' has no counterpart in SQLite")
+    if re.search(r"(?<!\w)\d+_\d", _QUOTED.sub("''", sql)):
+        raise Untranslatable("digits joined by _ have no counterpart in SQLite")
     trees = [tree for tree in sqlglot.parse(sql, read=reader) if tree is not None]
     if len(trees) != 1:
         raise Untranslatable("there is no query" if not trees else "there is more than one statement")

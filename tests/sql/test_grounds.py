@@ -111,7 +111,9 @@ def test_the_clock_stands_still(sandbox: Sandbox, database: Path) -> None:
 def test_a_populated_database_comes_first_unless_told(
     sandbox: Sandbox, database: Path, tmp_path: Path
 ) -> None:
-    ddl = "CREATE TABLE players (player_id INTEGER PRIMARY KEY, name TEXT NOT NULL, score REAL, level INTEGER NOT NULL);"
+    ddl = (
+        "CREATE TABLE players (player_id INTEGER PRIMARY KEY, name TEXT NOT NULL, score REAL, level INTEGER);"
+    )
     gold, miss = "SELECT name FROM players WHERE score > 85", "SELECT name FROM players WHERE score > 86"
     own = find_ground(item(ddl, gold, database), sandbox, Setting(folder=tmp_path))
     made = find_ground(item(ddl, gold, database), sandbox, Setting(folder=tmp_path, witness="always"))

@@ -1,8 +1,14 @@
 """MySQL and PostgreSQL queries as SQLite queries: every rule is run on a database and compared with what the other
-database answers (worked out from its manual)."""
+database answers.
+
+The tables below were worked out from the manuals and confirmed by PostgreSQL 15.18 and MariaDB 10.11.19 (but for text
+that differs in case, which is a decision here). `answers.jsonl` holds what these two answered to 631 further queries,
+500 of them random, on `OTHER` at 2024-07-01 12:00:00.
+"""
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantlab.sql.clock import fix_clock
 from quantlab.sql.schema import create_database, read_schema
-from quantlab.sql.transpile import CLOCK, Translation, to_sqlite
+from quantlab.sql.transpile import Translation, to_sqlite
 
 TABLES = """
 CREATE TABLE people (
@@ -57,11 +62,13 @@ MYSQL: list[tuple[str, list[tuple[Any, ...]]]] = [
     ("SELECT DATE_SUB(day, INTERVAL 1 MONTH) FROM moments ORDER BY id",
      [("2024-02-29",), ("2024-01-29",), ("2023-11-30",), (None,), ("2024-06-01",)]),
     ("SELECT DATE_SUB(at, INTERVAL 1 MONTH) FROM moments ORDER BY id",
-     [("2024-02-29 23:59:59",), ("2024-01-29 08:30:00",), ("2023-11-30 00:00:00",), (None,), ("2024-06-01 00:00:00",)]),
+     [("2024-02-29 23:59:59",), ("2024-01-29 08:30:00",), ("2023-11-30 00:00:00",), (None,),
+      ("2024-06-01 00:00:00",)]),
     ("SELECT day - INTERVAL 1 YEAR FROM moments WHERE id = 2", [("2023-02-28",)]),
     ("SELECT DATE_ADD(day, INTERVAL id MONTH) FROM moments WHERE id IN (1, 2)", [("2024-04-30",), ("2024-04-29",)]),
     ("SELECT DATE_ADD(day, INTERVAL 36 HOUR) FROM moments WHERE id = 2", [("2024-03-01 12:00:00",)]),
-    ("SELECT ADDDATE(day, 2), SUBDATE(day, INTERVAL 1 WEEK) FROM moments WHERE id = 2", [("2024-03-02", "2024-02-22")]),
+    ("SELECT ADDDATE(day, 2), SUBDATE(day, INTERVAL 1 WEEK) FROM moments WHERE id = 2", [("2024-03-02",
+     "2024-02-22")]),
     ("SELECT TIMESTAMPADD(MINUTE, -90, at) FROM moments WHERE id = 2", [("2024-02-29 07:00:00",)]),
     # the clock
     ("SELECT CURDATE(), NOW(), CURTIME(), CURRENT_DATE, CURRENT_TIMESTAMP(), UTC_DATE()",
@@ -85,14 +92,17 @@ MYSQL: list[tuple[str, list[tuple[Any, ...]]]] = [
     ("SELECT EXTRACT(YEAR FROM at), EXTRACT(QUARTER FROM at), EXTRACT(YEAR_MONTH FROM at) FROM moments WHERE id = 2",
      [(2024, 1, 202402)]),
     ("SELECT LAST_DAY('2024-02-03'), LAST_DAY(day) FROM moments WHERE id = 2", [("2024-02-29", "2024-02-29")]),
-    ("SELECT DATEDIFF('2024-03-01', '2024-02-28'), DATEDIFF(at, '2024-03-31 00:00:00') FROM moments WHERE id = 1", [(2, 0)]),
+    ("SELECT DATEDIFF('2024-03-01', '2024-02-28'), DATEDIFF(at, '2024-03-31 00:00:00') FROM moments"
+     " WHERE id = 1", [(2, 0)]),
     ("SELECT TIMESTAMPDIFF(MONTH, '2024-01-31', '2024-02-29'), TIMESTAMPDIFF(YEAR, '2000-02-29', '2024-02-28'),"
-     " TIMESTAMPDIFF(MONTH, '2024-03-15', '2024-01-15'), TIMESTAMPDIFF(DAY, '2024-01-01 12:00:00', '2024-01-03 11:00:00'),"
+     " TIMESTAMPDIFF(MONTH, '2024-03-15', '2024-01-15'), TIMESTAMPDIFF(DAY, '2024-01-01 12:00:00', "
+     "'2024-01-03 11:00:00'),"
      " TIMESTAMPDIFF(HOUR, '2024-01-01', '2024-01-02')", [(0, 23, -2, 1, 24)]),
     ("SELECT TO_DAYS('2024-01-02') - TO_DAYS('2023-12-31'), UNIX_TIMESTAMP('1970-01-02'), FROM_UNIXTIME(86400)",
      [(2, 86400, "1970-01-02 00:00:00")]),
     ("SELECT TO_DAYS('1970-01-01')", [(719528,)]),
-    ("SELECT DATE_FORMAT(at, '%Y-%m'), DATE_FORMAT(at, '%W, %M %e %y %h:%i %p'), DATE_FORMAT(at, '%b %a %c %k %l %j %%')"
+    ("SELECT DATE_FORMAT(at, '%Y-%m'), DATE_FORMAT(at, '%W, %M %e %y %h:%i %p'), DATE_FORMAT(at, "
+     "'%b %a %c %k %l %j %%')"
      " FROM moments WHERE id = 2", [("2024-02", "Thursday, February 29 24 08:30 AM", "Feb Thu 2 8 8 060 %")]),
     ("SELECT DATE_FORMAT(day, '%M') FROM moments WHERE id = 4", [(None,)]),
     ("SELECT DATE_FORMAT(at, '%r'), DATE_FORMAT(at, '%x-%v') FROM moments WHERE id IN (1, 3) ORDER BY id",
@@ -105,7 +115,8 @@ MYSQL: list[tuple[str, list[tuple[Any, ...]]]] = [
     ("SELECT 7 / 2, 7 DIV 2, -7 DIV 2, 7 % 3, -7 MOD 3, MOD(10.5, 3), 1 / 0", [(3.5, 3, -3, 1, -1, 1.5, None)]),
     ("SELECT score / 2, MOD(score, 4), score DIV 4 FROM people WHERE id = 1", [(3.5, 3, 1)]),
     ("SELECT SUM(score) / COUNT(*) FROM people", [(6.0,)]),
-    ("SELECT ROUND(2.5), ROUND(1234.5, -2), ROUND(2.345, 1), FLOOR(-1.5), CEIL(-1.5), CEILING(1.2), TRUNCATE(-1.99, 1),"
+    ("SELECT ROUND(2.5), ROUND(1234.5, -2), ROUND(2.345, 1), FLOOR(-1.5), CEIL(-1.5), CEILING(1.2), "
+     "TRUNCATE(-1.99, 1),"
      " TRUNCATE(1.15, 2), ABS(-3), SIGN(-2)", [(3, 1200, 2.3, -2, -1, 2, -1.9, 1.15, 3, -1)]),
     ("SELECT FLOOR(pay), CEIL(pay) FROM people ORDER BY id", [(10, 11), (None, None), (20, 20), (5, 6)]),
     ("SELECT CAST(2.5 AS SIGNED), CAST('12abc' AS UNSIGNED), CAST(pay AS DECIMAL(10, 1)), CAST(score AS CHAR),"
@@ -120,7 +131,8 @@ MYSQL: list[tuple[str, list[tuple[Any, ...]]]] = [
     ("SELECT CONCAT_WS(',', NULL, 'b', NULL, 'd'), CONCAT_WS(', ', NULL, NULL)", [("b,d", "")]),
     ("SELECT LENGTH(name), CHAR_LENGTH(name), LEFT(name, 2), RIGHT(name, 2), UPPER(name) FROM people WHERE id = 3",
      [(9, 3, "김나", "나래", "김나래")]),
-    ("SELECT SUBSTRING('hello', 2, 3), SUBSTR('hello', -3), MID('hello', 2, 2), SUBSTRING('hello' FROM 4), INSTR('hello', 'l'),"
+    ("SELECT SUBSTRING('hello', 2, 3), SUBSTR('hello', -3), MID('hello', 2, 2), SUBSTRING('hello' FROM 4), "
+     "INSTR('hello', 'l'),"
      " LOCATE('l', 'hello'), POSITION('o' IN 'hello')", [("ell", "llo", "el", "lo", 3, 3, 5)]),
     ("SELECT TRIM('  a '), TRIM(LEADING 'x' FROM 'xxaxx'), LTRIM(' a '), REPLACE('aXa', 'X', '-'), LPAD('7', 3, '0'),"
      " LPAD('12345', 3, '0'), RPAD('7', 3, '0'), SUBSTRING_INDEX('a-b-c', '-', 1), SUBSTRING_INDEX('abc', '-', 1)",
@@ -145,12 +157,14 @@ MYSQL: list[tuple[str, list[tuple[Any, ...]]]] = [
     ("SELECT id FROM people ORDER BY score, id", ids(4, 1, 2, 3)),
     ("SELECT `id` AS 'the id' FROM `people` `p` WHERE p.`name` = \"Kim\"", ids(1)),
     ("SELECT team, COUNT(*) AS n FROM people GROUP BY team HAVING n > 1", [("red", 2)]),
-    ("(SELECT id FROM people ORDER BY score DESC LIMIT 1) UNION ALL (SELECT id FROM people ORDER BY id LIMIT 1)", ids(3, 1)),
+    ("(SELECT id FROM people ORDER BY score DESC LIMIT 1) UNION ALL (SELECT id FROM people ORDER BY id LIMIT 1)",
+     ids(3, 1)),
     ("SELECT 1 UNION SELECT 2 INTERSECT SELECT 3", ids(1)),
     ("SELECT id FROM people WHERE (team, score) IN (('red', 7), ('blue', 8)) ORDER BY id", ids(1, 2)),
     ("SELECT id FROM people WHERE score = ANY (SELECT 7 UNION SELECT 9) ORDER BY id", ids(1, 3)),
     ("SELECT p.id FROM shop.people p STRAIGHT_JOIN moments m ON m.id = p.id WHERE m.day IS NULL FOR UPDATE", ids(4)),
-    ("SELECT id, ROW_NUMBER() OVER (PARTITION BY team ORDER BY score DESC) AS r FROM people WHERE team = 'red' ORDER BY id",
+    ("SELECT id, ROW_NUMBER() OVER (PARTITION BY team ORDER BY score DESC) AS r FROM people"
+     " WHERE team = 'red' ORDER BY id",
      [(1, 2), (3, 1)]),
     ("SELECT id FROM people WHERE name COLLATE utf8mb4_general_ci = 'KIM' ORDER BY id", ids(1, 2)),
     ("SELECT MAX(CASE WHEN active THEN score END) FROM people", [(9,)]),
@@ -168,27 +182,36 @@ POSTGRES: list[tuple[str, list[tuple[Any, ...]]]] = [
      [("2024-03-02 00:00:00", "2024-03-02 00:00:00")]),
     ("SELECT CURRENT_DATE - 7, CURRENT_DATE + INTERVAL '1 week', NOW()::date, 'yesterday'::date, CURRENT_TIMESTAMP,"
      " make_interval(days => 2) + CURRENT_DATE",
-     [("2024-06-24", "2024-07-08 00:00:00", "2024-07-01", "2024-06-30", "2024-07-01 12:00:00", "2024-07-03 00:00:00")]),
-    ("SELECT DATE '2024-03-01' - DATE '2024-02-28', day::date - DATE '2024-01-01' FROM moments WHERE id = 2", [(2, 59)]),
+     [("2024-06-24", "2024-07-08 00:00:00", "2024-07-01", "2024-06-30", "2024-07-01 12:00:00",
+      "2024-07-03 00:00:00")]),
+    ("SELECT DATE '2024-03-01' - DATE '2024-02-28', day::date - DATE '2024-01-01' FROM moments WHERE id = 2",
+     [(2, 59)]),
     ("SELECT id FROM moments WHERE day::date >= CURRENT_DATE - INTERVAL '4 months' ORDER BY id", ids(1, 5)),
     ("SELECT id FROM moments WHERE day > CURRENT_DATE - INTERVAL '92 days' ORDER BY id", ids(5)),
     ("SELECT id FROM moments WHERE day >= CURRENT_DATE - INTERVAL '92 days' ORDER BY id", ids(1, 5)),
     ("SELECT id FROM moments WHERE DATE_TRUNC('month', at::timestamp) = '2024-03-01'", ids(1)),
     ("SELECT id FROM moments WHERE at::date = CURRENT_DATE", ids(5)),
-    ("SELECT id FROM moments WHERE at::timestamp - TIMESTAMP '2024-02-01' > INTERVAL '30 days' ORDER BY id", ids(1, 5)),
-    ("SELECT EXTRACT(YEAR FROM at), EXTRACT(DOW FROM at), EXTRACT(ISODOW FROM at), EXTRACT(DOY FROM at), EXTRACT(WEEK FROM at),"
-     " EXTRACT(ISOYEAR FROM at), EXTRACT(QUARTER FROM at), EXTRACT(EPOCH FROM at), DATE_PART('hour', at), EXTRACT(DECADE FROM at)"
+    ("SELECT id FROM moments WHERE at::timestamp - TIMESTAMP '2024-02-01' > INTERVAL '30 days' ORDER BY id",
+     ids(1, 5)),
+    ("SELECT EXTRACT(YEAR FROM at), EXTRACT(DOW FROM at), EXTRACT(ISODOW FROM at), EXTRACT(DOY FROM at), "
+     "EXTRACT(WEEK FROM at),"
+     " EXTRACT(ISOYEAR FROM at), EXTRACT(QUARTER FROM at), EXTRACT(EPOCH FROM at), DATE_PART('hour', at), "
+     "EXTRACT(DECADE FROM at)"
      " FROM moments WHERE id = 3", [(2023, 0, 7, 365, 52, 2023, 4, 1703980800, 0, 202)]),
-    ("SELECT EXTRACT(WEEK FROM DATE '2021-01-03'), EXTRACT(ISOYEAR FROM DATE '2021-01-03'), EXTRACT(WEEK FROM DATE '2020-12-28')",
+    ("SELECT EXTRACT(WEEK FROM DATE '2021-01-03'), EXTRACT(ISOYEAR FROM DATE '2021-01-03'), EXTRACT(WEEK"
+     " FROM DATE '2020-12-28')",
      [(53, 2020, 53)]),
-    ("SELECT EXTRACT(EPOCH FROM (at::timestamp - TIMESTAMP '2024-02-28')), EXTRACT(DAY FROM at::timestamp - TIMESTAMP '2024-02-28'),"
+    ("SELECT EXTRACT(EPOCH FROM (at::timestamp - TIMESTAMP '2024-02-28')), EXTRACT(DAY"
+     " FROM at::timestamp - TIMESTAMP '2024-02-28'),"
      " EXTRACT(HOUR FROM at::timestamp - TIMESTAMP '2024-02-28') FROM moments WHERE id = 2", [(117000, 1, 8)]),
-    ("SELECT EXTRACT(YEAR FROM AGE(DATE '2024-02-28', DATE '2000-02-29')), EXTRACT(MONTH FROM AGE(DATE '2024-05-10', DATE '2024-01-11')),"
+    ("SELECT EXTRACT(YEAR FROM AGE(DATE '2024-02-28', DATE '2000-02-29')), EXTRACT(MONTH"
+     " FROM AGE(DATE '2024-05-10', DATE '2024-01-11')),"
      " DATE_PART('year', AGE(DATE '1990-07-02'))", [(23, 3, 33)]),
     ("SELECT DATE_TRUNC('year', at), DATE_TRUNC('quarter', at), DATE_TRUNC('week', at), DATE_TRUNC('hour', at),"
      " DATE_TRUNC('day', at)::date FROM moments WHERE id = 1",
      [("2024-01-01 00:00:00", "2024-01-01 00:00:00", "2024-03-25 00:00:00", "2024-03-31 23:00:00", "2024-03-31")]),
-    ("SELECT DATE_TRUNC('month', CURRENT_DATE) - INTERVAL '1 month', DATE_TRUNC('quarter', day) FROM moments WHERE id IN (3, 4, 5)"
+    ("SELECT DATE_TRUNC('month', CURRENT_DATE) - INTERVAL '1 month', DATE_TRUNC('quarter', day) FROM moments"
+     " WHERE id IN (3, 4, 5)"
      " ORDER BY id",
      [("2024-06-01 00:00:00", "2023-10-01 00:00:00"), ("2024-06-01 00:00:00", None),
       ("2024-06-01 00:00:00", "2024-07-01 00:00:00")]),
@@ -199,9 +222,11 @@ POSTGRES: list[tuple[str, list[tuple[Any, ...]]]] = [
     # numbers
     ("SELECT 7 / 2, -7 / 2, 7 / 2.0, 7::numeric / 2, 7 / 2::float, 7 % 3, MOD(-7, 3), 7::decimal(10, 2) / 2",
      [(3, -3, 3.5, 3.5, 3.5, 1, -1, 3.5)]),
-    ("SELECT score / 2, score::numeric / 2, SUM(score) / COUNT(*), AVG(score) / 2 FROM people WHERE id = 1 GROUP BY score",
+    ("SELECT score / 2, score::numeric / 2, SUM(score) / COUNT(*), AVG(score) / 2 FROM people"
+     " WHERE id = 1 GROUP BY score",
      [(3, 3.5, 7, 3.5)]),
-    ("SELECT EXTRACT(YEAR FROM DATE '2024-01-01') / 10, FLOOR(7.5) / 2, ROUND(7.4) / 2, COUNT(*) * 100 / 3 FROM people",
+    ("SELECT EXTRACT(YEAR FROM DATE '2024-01-01') / 10, FLOOR(7.5) / 2, ROUND(7.4) / 2, COUNT(*) * 100 / 3"
+     " FROM people",
      [(202.4, 3.5, 3.5, 133)]),
     ("SELECT COUNT(*)::float / 3, (COUNT(*) * 1.0) / 3, ROUND(COUNT(*)::numeric / 3, 2) FROM people",
      [(4 / 3, 4 / 3, 1.33)]),
@@ -210,12 +235,15 @@ POSTGRES: list[tuple[str, list[tuple[Any, ...]]]] = [
     ("SELECT GREATEST(1, NULL, 3), LEAST(NULL, 2), GREATEST(NULL, NULL)", [(3, 2, None)]),
     # text
     ("SELECT CONCAT(name, '/', score), name || '/' || score FROM people WHERE id = 4", [("Lee Min/", None)]),
-    ("SELECT LENGTH(name), OCTET_LENGTH(name), LEFT(name, 1), RIGHT(name, 1), STRPOS(name, '래') FROM people WHERE id = 3",
+    ("SELECT LENGTH(name), OCTET_LENGTH(name), LEFT(name, 1), RIGHT(name, 1), STRPOS(name, '래') FROM people"
+     " WHERE id = 3",
      [(3, 9, "김", "래", 3)]),
-    ("SELECT SUBSTRING('hello' FROM 2 FOR 3), POSITION('l' IN 'hello'), TRIM(BOTH 'xy' FROM 'xyaxy'), SPLIT_PART('a-b', '-', 1),"
+    ("SELECT SUBSTRING('hello' FROM 2 FOR 3), POSITION('l' IN 'hello'), TRIM(BOTH 'xy' FROM 'xyaxy'), "
+     "SPLIT_PART('a-b', '-', 1),"
      " LPAD('7', 3, '0'), STARTS_WITH('abc', 'ab'), 'abc' ^@ 'b'", [("ell", 3, "a", "a", "007", 1, 0)]),
     ("SELECT STRING_AGG(team, ', ') FROM people WHERE team = 'red'", [("red, red",)]),
-    ("SELECT 'abc'::varchar(2), 'abc'::char, 5::text || 'x', E'a\\tb', $$it's$$", [("ab", "a", "5x", "a\tb", "it's")]),
+    ("SELECT 'abc'::varchar(2), 'abc'::char, 5::text || 'x', E'a\\tb', $$it's$$", [("ab", "a", "5x", "a\tb",
+     "it's")]),
     ("SELECT id FROM people WHERE name LIKE 'K%'", ids(1)),
     ("SELECT id FROM people WHERE name ILIKE 'K%' ORDER BY id", ids(1, 2)),
     ("SELECT id FROM people WHERE name NOT LIKE 'K%' ORDER BY id", ids(2, 3, 4)),
@@ -234,21 +262,25 @@ POSTGRES: list[tuple[str, list[tuple[Any, ...]]]] = [
     ("SELECT id FROM people ORDER BY pay", ids(4, 1, 3, 2)),
     ("SELECT id FROM people ORDER BY pay NULLS FIRST LIMIT 2", ids(2, 4)),
     ("SELECT id, RANK() OVER (ORDER BY pay DESC) FROM people ORDER BY id", [(1, 3), (2, 1), (3, 2), (4, 4)]),
-    ("SELECT DISTINCT ON (team) team, id FROM people ORDER BY team, score DESC", [("blue", 2), ("red", 3), (None, 4)]),
+    ("SELECT DISTINCT ON (team) team, id FROM people ORDER BY team, score DESC", [("blue", 2), ("red", 3), (None,
+     4)]),
     ("SELECT DISTINCT ON (team) team, name AS who FROM people WHERE team IS NOT NULL ORDER BY team, who LIMIT 2",
      [("blue", "kim"), ("red", "Kim")]),
-    ("SELECT COUNT(*) FILTER (WHERE score > 7), BOOL_OR(score > 8), BOOL_AND(score > 8) FROM people WHERE score IS NOT NULL",
+    ("SELECT COUNT(*) FILTER (WHERE score > 7), BOOL_OR(score > 8), BOOL_AND(score > 8) FROM people"
+     " WHERE score IS NOT NULL",
      [(2, 1, 0)]),
     ("SELECT id FROM people WHERE score = ANY(ARRAY[7, 9]) ORDER BY id", ids(1, 3)),
     ("SELECT id FROM people WHERE score <> ALL(ARRAY[7, 9]) ORDER BY id", ids(2)),
     ("SELECT id FROM people WHERE team IS DISTINCT FROM 'red' ORDER BY id", ids(2, 4)),
     ("SELECT id FROM people ORDER BY id FETCH FIRST 2 ROWS ONLY", ids(1, 2)),
     ("SELECT id FROM people ORDER BY id OFFSET 1 LIMIT ALL", ids(2, 3, 4)),
-    ("SELECT p.id FROM public.people p FULL JOIN moments m ON m.id = p.id ORDER BY m.id", ids(1, 2, 3, 4) + [(None,)]),
+    ("SELECT p.id FROM public.people p FULL JOIN moments m ON m.id = p.id ORDER BY m.id", ids(1, 2, 3,
+     4) + [(None,)]),
     ("SELECT \"id\" FROM people AS \"P\" WHERE \"P\".name = 'Kim'", ids(1)),
     ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3) SELECT SUM(i) FROM n", [(6,)]),
     ("SELECT (SELECT MAX(score) FROM people) - score FROM people WHERE id = 1", [(2,)]),
     ("SELECT 'a' || 1 + 2", [("a3",)]),
+    ("SELECT 'two days ago', 'x 10_5', '10_5' LIKE '10_5'", [("two days ago", "x 10_5", 1)]),
     ("SELECT COALESCE(day, CURRENT_DATE) FROM moments WHERE id = 4", [("2024-07-01",)]),
     ("SELECT TRUE AND 't'::boolean, id = 1 FROM people WHERE id = 1", [(1, 1)]),
 ]  # fmt: skip
@@ -266,6 +298,48 @@ def test_postgres(database: sqlite3.Connection, sql: str, expected: list[tuple[A
     translation = to_sqlite(sql, "postgres")
     found = rows(database, translation)
     assert found == [pytest.approx(row) for row in expected], translation.sql
+
+
+OTHER = {
+    "postgres": "CREATE TABLE people (id int PRIMARY KEY, name text, team text, score int, pay numeric(10,2),"
+    " active boolean, tag text); CREATE TABLE moments (id int PRIMARY KEY, day date, at timestamp)",
+    "mysql": "CREATE TABLE people (id int PRIMARY KEY, name text, team text, score int, pay decimal(10,2),"
+    " active boolean, tag text); CREATE TABLE moments (id int PRIMARY KEY, day date, at datetime)",
+}
+
+
+def same(found: list[Any], expected: list[Any]) -> bool:
+    return len(found) == len(expected) and all(
+        left == (pytest.approx(right) if isinstance(right, float) else right)
+        for left, right in zip(found, expected)
+    )
+
+
+@pytest.mark.parametrize("dialect", ["mysql", "postgres"])
+def test_what_other_databases_answer(dialect: str) -> None:
+    schema = read_schema(OTHER[dialect], dialect)
+    connection = sqlite3.connect(":memory:")
+    create_database(schema, connection)
+    for statement in TABLES.replace("'kim'", "'bim'").split(";"):
+        if "INSERT" in statement:
+            connection.execute(statement)
+    lines = (Path(__file__).parent / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [answer for answer in map(json.loads, lines) if answer["dialect"] == dialect]
+    assert len(answers) > 290
+    for answer in answers:
+        for given_schema in (schema, None):
+            if given_schema is None and answer.get("needs_schema"):
+                continue
+            translation = to_sqlite(answer["sql"], dialect, schema=given_schema)
+            found = [list(row) for row in rows(connection, translation)]
+            expected = answer["rows"]
+            if "ORDER BY" not in answer["sql"]:
+                found, expected = sorted(found, key=repr), sorted(expected, key=repr)
+            assert len(found) == len(expected) and all(map(same, found, expected)), (
+                answer,
+                found,
+                translation.sql,
+            )
 
 
 @pytest.mark.parametrize(
@@ -299,7 +373,7 @@ def test_postgres(database: sqlite3.Connection, sql: str, expected: list[tuple[A
         ("mysql", "DROP TABLE people", "DROP"),
         ("mysql", "SHOW TABLES", "SHOW"),
         ("mysql", "SELECT 1; SELECT 2", "more than one"),
-        ("mysql", "SELECT name INTO OUTFILE '/tmp/x' FROM people", "mysql"),
+        ("mysql", "SELECT name INTO OUTFILE 'x' FROM people", "mysql"),
         ("mysql", "SELECT load_extension('x')", "LOAD_EXTENSION"),
         ("mysql", "SELECT sqlite_version()", "SQLITE_VERSION"),
         ("postgres", "SELECT VARIANCE(score) FROM people", "VARIANCE"),
@@ -323,6 +397,7 @@ def test_postgres(database: sqlite3.Connection, sql: str, expected: list[tuple[A
         ("postgres", "SELECT CURRENT_DATE - joined FROM t", "cannot be told"),
         ("postgres", "SELECT INTERVAL '1 day'", "INTERVAL"),
         ("postgres", "SELECT CURRENT_DATE + INTERVAL '1 day ago'", "ago"),
+        ("postgres", "SELECT CURRENT_DATE + '1 day ago'::interval", "ago"),
         ("postgres", "SELECT NOW() AT TIME ZONE 'Asia/Seoul'", "AT TIME ZONE"),
         ("postgres", "SELECT id FROM people INTERSECT ALL SELECT id FROM moments", "INTERSECT ALL"),
         ("postgres", "SELECT DISTINCT ON (team) * FROM people", "DISTINCT ON"),
@@ -346,14 +421,16 @@ def test_what_cannot_be_translated_is_named(dialect: str, sql: str, named: str) 
 
 def test_a_schema_tells_dates_from_numbers() -> None:
     schema = read_schema(
-        "CREATE TABLE t (id SERIAL PRIMARY KEY, began DATE, ended DATE, at TIMESTAMP, pay NUMERIC(10,2), n INT, ok BOOLEAN)",
+        "CREATE TABLE t (id SERIAL PRIMARY KEY, began DATE, ended DATE, at TIMESTAMP, pay NUMERIC(10,2), n INT, "
+        "ok BOOLEAN)",
         "postgres",
     )
     connection = sqlite3.connect(":memory:")
     create_database(schema, connection)
     connection.execute("INSERT INTO t VALUES (1, '2024-01-31', '2024-03-01', '2024-02-01 00:00:00', 7, 7, 1)")
     for sql, expected in {
-        "ended - began": 30, "began + n": "2024-02-07", "pay / 2": 3.5, "n / 2": 3, "n - id": 6, "MAX(ended) - '2024-02-28'": 2,
+        "ended - began": 30, "began + n": "2024-02-07", "pay / 2": 3.5, "n / 2": 3, "n - id": 6,
+        "MAX(ended) - '2024-02-28'": 2,
         "COUNT(*) FILTER (WHERE at <= '2024-02-01')": 1, "COUNT(*) FILTER (WHERE at = '2024-2-1')": 1,
         "COUNT(*) FILTER (WHERE at > '2024-02-01')": 0, "COUNT(*) FILTER (WHERE ok = 'true')": 1,
         "COUNT(*) FILTER (WHERE began < at)": 1, "(ended - began) / 7": 4, "(ended - MIN(began) OVER ()) / 7": 4,
@@ -372,56 +449,6 @@ def test_a_schema_tells_dates_from_numbers() -> None:
     )
 
 
-# --- SQLite itself: nothing but the clock
-
-
-@pytest.mark.parametrize(
-    "sql",
-    [
-        "SELECT 1", "select  *\nfrom t -- it is now or never, date()\n", "SELECT date(d), time(d, '+1 hour') FROM t", "SELECT '",
-        "SELECT t.current_date FROM t", "SELECT 1 AS current_date", "SELECT a current_timestamp FROM t", "", ";", "SELECT (((",
-        "SELECT \"current_date\", [current_time], `now` FROM t", "SELECT * FROM current_date", "SELECT 'date(''now'')'",
-        "SELECT now FROM t WHERE note = 'now'", "SELECT strftime('now', d) FROM t", "SELECT date(now) FROM t", "NOW()",
-        "SELECT date(CASE WHEN a = 'now' THEN d END) FROM t", "WITH current_date AS (SELECT 1) SELECT * FROM current_date",
-        "SELECT /* date('now') */ 1", "SELECT x'6e6f77'", "SELECT \x00 date('now", "DROP TABLE now", "SELECT '\ud800', date(d)",
-    ],
-)  # fmt: skip
-def test_sqlite_queries_come_back_as_they_are(sql: str) -> None:
-    assert to_sqlite(sql) == Translation(sql)
-
-
-@pytest.mark.parametrize(
-    ("sql", "answer"),
-    [
-        ("SELECT date('now')", "2024-07-01"), ("SELECT DATETIME ( 'NOW' )", "2024-07-01 12:00:00"),
-        ("SELECT date()", "2024-07-01"), ("SELECT time( /* now */ )", "12:00:00"), ("SELECT julianday()", 2460493.0),
-        ("SELECT strftime('%Y')", "2024"), ("SELECT strftime('%s', 'now')", "1719835200"),
-        ("SELECT unixepoch()", 1719835200), ("SELECT date(\"now\")", "2024-07-01"), ("SELECT CURRENT_DATE", "2024-07-01"),
-        ("SELECT date('now', 'start of month', '-1 month')", "2024-06-01"), ("SELECT current_time", "12:00:00"),
-        ("SELECT datetime('now', 'localtime')", "2024-07-01 12:00:00"), ("SELECT date(('now'))", "2024-07-01"),
-        ("SELECT date(coalesce(NULL, 'now'))", "2024-07-01"), ("SELECT date(CASE WHEN 1 THEN 'now' END)", "2024-07-01"),
-        ("SELECT Current_Timestamp", "2024-07-01 12:00:00"), ("SELECT max(current_date, '2000-01-01')", "2024-07-01"),
-        ("SELECT CASE WHEN 1 THEN current_date ELSE current_time END", "2024-07-01"), ("SELECT -current_date", -2024),
-        ("SELECT a FROM (SELECT current_date AS a) WHERE a = date() AND a BETWEEN current_date AND date('now')", "2024-07-01"),
-        ("SELECT date('now', '-' || (1) || ' day')", "2024-06-30"), ("SELECT '김' || date('now')", "김2024-07-01"),
-        ("SELECT 'x' GLOB current_date", 0), ("SELECT current_date AS current_date", "2024-07-01"),
-    ],
-)  # fmt: skip
-def test_the_clock_of_sqlite_queries_stands_still(
-    database: sqlite3.Connection, sql: str, answer: Any
-) -> None:
-    translation = to_sqlite(sql)
-    assert translation.changed and rows(database, translation) == [(answer,)], translation.sql
-
-
-def test_the_clock_can_be_set() -> None:
-    assert CLOCK == "2024-07-01 12:00:00"
-    assert fix_clock("SELECT date('now')", "2020-02-29 01:02:03") == "SELECT date('2020-02-29 01:02:03')"
-    translated = to_sqlite("SELECT CURDATE() - INTERVAL 1 YEAR", "mysql", clock="2020-02-29 01:02:03")
-    assert translated.sql == "SELECT '2019-02-28'"
-    assert to_sqlite("SELECT NOW()", "mysql", clock="yesterday").sql == ""
-
-
 def test_an_unknown_name_in_quotes_is_no_string(database: sqlite3.Connection) -> None:
     for dialect, sql in (
         ("mysql", "SELECT `nobody` FROM people"),
@@ -433,137 +460,13 @@ def test_an_unknown_name_in_quotes_is_no_string(database: sqlite3.Connection) ->
 
 # --- it never raises, and never runs away
 
-_WORDS = st.sampled_from(
-    [
-        "SELECT",
-        "FROM",
-        "WHERE",
-        "GROUP",
-        "BY",
-        "ORDER",
-        "HAVING",
-        "LIMIT",
-        "UNION",
-        "ALL",
-        "EXCEPT",
-        "INTERSECT",
-        "(",
-        ")",
-        "(",
-        ")",
-        ",",
-        ",",
-        ".",
-        "*",
-        "+",
-        "-",
-        "/",
-        "%",
-        "||",
-        "=",
-        "<",
-        ">",
-        "<>",
-        "AND",
-        "OR",
-        "NOT",
-        "IN",
-        "IS",
-        "NULL",
-        "LIKE",
-        "ILIKE",
-        "REGEXP",
-        "~",
-        "::",
-        "CASE",
-        "WHEN",
-        "THEN",
-        "ELSE",
-        "END",
-        "EXISTS",
-        "BETWEEN",
-        "DISTINCT",
-        "ON",
-        "AS",
-        "JOIN",
-        "LEFT",
-        "USING",
-        "WITH",
-        "OVER",
-        "PARTITION",
-        "INTERVAL",
-        "'1'",
-        "DAY",
-        "MONTH",
-        "DATE",
-        "'now'",
-        "'2024-01-31'",
-        '"a"',
-        "`b`",
-        "a",
-        "b",
-        "t",
-        "people",
-        "1",
-        "2.5",
-        "-3",
-        "CURRENT_DATE",
-        "NOW()",
-        "COUNT(*)",
-        "SUM(",
-        "MAX(",
-        "CONCAT(",
-        "DATE_SUB(",
-        "DATE_FORMAT(",
-        "EXTRACT(",
-        "YEAR",
-        "TO_CHAR(",
-        "CAST(",
-        "AS",
-        "INT",
-        "NUMERIC(5,2)",
-        "ARRAY[",
-        "]",
-        "ANY",
-        "ALL",
-        ";",
-        "--",
-        "/*",
-        "*/",
-        "'",
-        '"',
-        "`",
-        "\\",
-        "\x00",
-        "가",
-        "EXTRACT(YEAR",
-        "FROM",
-        "d)",
-        "d::date",
-        "-",
-        "INTERVAL",
-        "'1",
-        "month'",
-        "GREATEST(",
-        "FLOOR(",
-        "GROUP_CONCAT(",
-        "STRING_AGG(",
-        "SEPARATOR",
-        "FILTER",
-        "LATERAL",
-        "VALUES",
-        "ROW(",
-        "date('now')",
-        "strftime(",
-        "current_timestamp",
-        "IF(",
-        "@x",
-        "$1",
-        "?",
-        ":n",
-        "{",
-    ]
-)
+_TOKENS = """SELECT FROM WHERE GROUP BY ORDER HAVING LIMIT UNION EXCEPT INTERSECT ( ) ( ) , , . * + - / % || = <> <>
+    AND OR NOT IN IS LIKE ILIKE REGEXP ~ :: CASE WHEN THEN ELSE END EXISTS BETWEEN DISTINCT ON AS JOIN LEFT USING
+    WITH OVER PARTITION INTERVAL '1' DAY MONTH DATE 'now' '2024-01-31' "a" `b` a b t people 1 2.5 -3 CURRENT_DATE NOW()
+    COUNT(*) SUM( MAX( CONCAT( DATE_SUB( DATE_FORMAT( EXTRACT( YEAR TO_CHAR( CAST( AS INT NUMERIC(5,2) ARRAY[ ] ANY ALL
+    ; -- /* */ ' " ` \\ \x00 가 d::date GREATEST( FLOOR( GROUP_CONCAT( STRING_AGG( SEPARATOR FILTER LATERAL VALUES
+    ROW( date('now') strftime( current_timestamp IF( @x $1 ? :n {"""
+_WORDS = st.sampled_from([*_TOKENS.split(), "INTERVAL '1 month'", "EXTRACT(YEAR FROM d)"])
 
 
 @settings(max_examples=300, deadline=None)
@@ -612,20 +515,3 @@ def test_monsters_end(sql: str) -> None:
     for dialect in ("sqlite", "mysql", "postgres"):
         translation = to_sqlite(sql, dialect)
         assert dialect == "sqlite" or bool(translation.sql) != bool(translation.reason)
-
-
-# --- the samples of real benchmarks
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "text2sql"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared samples are not here")
-@pytest.mark.parametrize("name", ["spider_sample", "defog_sample"])
-def test_real_golds_are_left_alone_or_keep_their_result(name: str) -> None:
-    """SQLite golds keep their text unless they ask for the time."""
-    from quantlab.sql.dataset import load_items
-
-    for item in load_items(str(SHARED / name / "questions.jsonl")):
-        for gold in item.golds:
-            translation = to_sqlite(gold)
-            assert translation.sql == gold or "now" in gold.lower() or "current_" in gold.lower()
