@@ -42,10 +42,10 @@ TRAINED = (
     *MEASURED,
     "evaluate=[perplexity, text2sql, speed]",
     "data.filters=[parses, select, binds]",
-    "train.max_steps=84",
+    "train.max_steps=168",
     "train.precision=bfloat16",
     "train.eval_share=0.0",
-    "train.save_every=42",
+    "train.save_every=84",
 )
 GAME = (
     "tasks.text2sql.data=ko_text2sql/test.jsonl",
