@@ -1,64 +1,46 @@
-"""A SQLite file with the tables of some DDL and no rows, to see whether a query runs at all.
+"""Whether queries run at all: on the empty tables of their DDL, for rows that come without a database.
 
-The DDL comes with the data and is not trusted: SQLite runs it under an authorizer that lets a new file's tables and
-indexes be created and refuses everything else (ATTACH, PRAGMA, triggers, virtual tables, CREATE TABLE AS SELECT,
-INSERT of rows). What SQLite does not run is answered with the reason, not raised. So is DDL that is plainly another
-database's: SQLite takes `INT AUTO_INCREMENT` for the name of a type, but the queries that come with such tables may use
-functions that it lacks, which would not show that they are wrong.
+The DDL comes with the data and is not trusted. It is read into a schema (`quantlab.sql.schema`), the tables are made
+from that, never from the text, in the memory of a sandbox worker, and the queries run there, many in one round trip.
+MySQL's and PostgreSQL's queries are translated to SQLite; what has no counterpart cannot be checked, which is said,
+and is no reason to reject a row.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
-import sqlite3
-from pathlib import Path
+from collections.abc import Sequence
 
-MAX_DDL = 500_000  # characters
-_FOREIGN = re.compile(
-    r"\b(?:AUTO_INCREMENT|UNSIGNED|(?:BIG|SMALL)?SERIAL|VARCHAR2|(?:ENGINE|CHARSET)\s*=|(?:ENUM|IDENTITY)\s*\()",
-    re.IGNORECASE,
-)
-_CREATING = frozenset(
-    {
-        sqlite3.SQLITE_CREATE_TABLE,
-        sqlite3.SQLITE_CREATE_INDEX,
-        sqlite3.SQLITE_FUNCTION,  # in CHECK and DEFAULT: named here, run only when a row comes
-        sqlite3.SQLITE_REINDEX,
-        sqlite3.SQLITE_TRANSACTION,
-        sqlite3.SQLITE_READ,
-    }
-)
-_WRITING = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE})
-_BOOKKEEPING = frozenset({"sqlite_master", "sqlite_sequence"})
+from quantlab.errors import DataError
+from quantlab.sql.dataset import Item
+from quantlab.sql.sandbox import Execution, Sandbox
+from quantlab.sql.schema import DIALECTS, read_schema
+from quantlab.sql.transpile import to_sqlite
+
+TOGETHER = 50  # queries in one round trip; they share its time
 
 
-def build_empty(ddl: str, path: Path) -> str | None:
-    """Create the tables of `ddl` in the new file `path`; returns why that is not possible, or None."""
-    if len(ddl) > MAX_DDL:
-        return f"the DDL is longer than {MAX_DDL} characters"
-    foreign = _FOREIGN.search(ddl)
-    if foreign is not None:
-        return f"{foreign.group()} is not SQLite's"
-    connection = sqlite3.connect(path, isolation_level=None)
+def run_on_empty_tables(sandbox: Sandbox, items: Sequence[Item]) -> list[Execution | None]:
+    """The executions of rows that have the same DDL; None where the DDL or the query has no counterpart in SQLite."""
+    found: list[Execution | None] = [None] * len(items)
+    stated = items[0].dialect if items[0].dialect in DIALECTS else None
     try:
-        with contextlib.closing(connection):
-            for pragma in ("journal_mode = OFF", "synchronous = OFF", "trusted_schema = 0"):
-                connection.execute(f"PRAGMA {pragma}")
-            connection.set_authorizer(_authorize)
-            connection.executescript(ddl)
-            connection.set_authorizer(None)
-            if not connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table'").fetchone():
-                raise ValueError("the DDL creates no table")
-    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
-        path.unlink(missing_ok=True)
-        return str(error) or type(error).__name__
-    return None
-
-
-def _authorize(
-    action: int, first: str | None, second: str | None, database: str | None, inner: str | None
-) -> int:
-    if action in _CREATING or (action in _WRITING and first in _BOOKKEEPING):
-        return sqlite3.SQLITE_OK
-    return sqlite3.SQLITE_DENY
+        schema = read_schema(items[0].context, stated)
+    except DataError:
+        return found
+    if schema.views:
+        return found  # their columns are not known
+    create = schema.create_sql()
+    texts = {
+        number: translated.sql
+        for number, item in enumerate(items)
+        if (translated := to_sqlite(item.answer, stated or schema.dialect, schema=schema)).sql
+    }
+    numbers = list(texts)
+    for start in range(0, len(numbers), TOGETHER):
+        part = numbers[start : start + TOGETHER]
+        answers = sandbox.trial(create, [], [texts[number] for number in part])
+        if any(answer.status == "timeout" for answer in answers):  # one may have taken the others' time
+            answers = [sandbox.trial(create, [], [texts[number]])[0] for number in part]
+        for number, answer in zip(part, answers, strict=True):
+            found[number] = None if answer.kind == "database" else answer
+    return found

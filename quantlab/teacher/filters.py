@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from quantlab.errors import RecipeError
@@ -32,7 +31,7 @@ from quantlab.results import write_jsonl
 from quantlab.sql.dataset import Item
 from quantlab.sql.sandbox import Execution, Sandbox
 from quantlab.teacher.duplicates import Leakage, Profile, exact_duplicates, near_duplicates, profile
-from quantlab.teacher.empty_tables import build_empty
+from quantlab.teacher.empty_tables import run_on_empty_tables
 from quantlab.teacher.rules import RULES, Finding, Unchecked, judge
 from quantlab.teacher.verdicts import Verdict
 
@@ -98,14 +97,8 @@ def clean(
     if dedup:
         work.exact()
     if "executes" in rules or "returns" in rules:
-        with (
-            say.task("cleaning: execution", total=len(work.left)) as advance,
-            _sandbox(sandbox) as workers,
-            TemporaryDirectory(prefix="quantlab-") as folder,
-        ):
-            work.execute(
-                [name for name in ("executes", "returns") if name in rules], workers, folder, advance
-            )
+        with say.task("cleaning: execution", total=len(work.left)) as advance, _sandbox(sandbox) as workers:
+            work.execute([name for name in ("executes", "returns") if name in rules], workers, advance)
     with say.task("cleaning: leakage", total=len(work.left)) as advance:
         work.leakage(Leakage(evaluated, leakage), advance)
     if dedup:
@@ -196,20 +189,13 @@ class _Cleaning:
             self.note(self.left[index], "duplicate", f"the same as row {self.items[self.left[original]].id}")
         self._drop()
 
-    def execute(
-        self, rules: Sequence[str], sandbox: Sandbox, folder: str, advance: Callable[[float], None]
-    ) -> None:
-        groups = _by_empty_tables(self.items, self.left)
-
-        def run(group: tuple[int, list[int]]) -> list[tuple[int, Execution | None]]:
-            place, numbers = group
-            outcomes = _run_group(
-                sandbox, [self.items[number] for number in numbers], Path(folder, str(place))
-            )
+    def execute(self, rules: Sequence[str], sandbox: Sandbox, advance: Callable[[float], None]) -> None:
+        def run(numbers: list[int]) -> list[tuple[int, Execution | None]]:
+            outcomes = _run_group(sandbox, [self.items[number] for number in numbers])
             return list(zip(numbers, outcomes, strict=True))
 
         executions: dict[int, Execution | None] = {}
-        for outcomes in sandbox.map(run, list(enumerate(groups))):
+        for outcomes in sandbox.map(run, _by_empty_tables(self.items, self.left)):
             executions.update(outcomes)
             advance(len(outcomes))
         for number in self.left:
@@ -274,17 +260,12 @@ def _by_empty_tables(items: Sequence[Item], numbers: Sequence[int]) -> list[list
     return groups
 
 
-def _run_group(sandbox: Sandbox, items: Sequence[Item], path: Path) -> list[Execution | None]:
+def _run_group(sandbox: Sandbox, items: Sequence[Item]) -> list[Execution | None]:
     """Executions with at most one telling row each; None where there is nothing to run on."""
     database = items[0].database
-    if database is not None:
-        return [_telling(sandbox.run(database, item.answer, role="gold")) for item in items]
-    if build_empty(items[0].context, path) is not None:
-        return [None] * len(items)
-    try:
-        return [_telling(sandbox.run(path, item.answer, role="gold")) for item in items]
-    finally:
-        path.unlink(missing_ok=True)
+    if database is None:
+        return run_on_empty_tables(sandbox, items)
+    return [_telling(sandbox.run(database, item.answer, role="gold")) for item in items]
 
 
 def _telling(execution: Execution) -> Execution:

@@ -18,6 +18,7 @@ from sqlglot.errors import ParseError, SqlglotError
 from quantlab.errors import DataError
 from quantlab.sql.dataset import Item
 from quantlab.sql.sandbox import Execution
+from quantlab.sql.schema import DIALECTS
 from quantlab.teacher.binding import unknown_name
 from quantlab.teacher.ddl import quiet_sqlglot, read_schema
 from quantlab.teacher.verdicts import Verdict
@@ -36,7 +37,7 @@ Finding = str | Unchecked | None
 
 
 def parses(item: Item) -> Finding:
-    """Whether sqlglot reads the answer; the reason says where it stopped."""
+    """Whether sqlglot reads the answer in one of the dialects; the reason says where it stopped."""
     found = _read(item.answer)
     if isinstance(found, str):
         return found
@@ -67,7 +68,7 @@ def binds(item: Item) -> Finding:
 def executes(item: Item, execution: Execution | None) -> Finding:
     """Whether the answer ran. `execution` is None where there is nothing to run it on."""
     if execution is None:
-        return Unchecked("no database, and the DDL does not run in SQLite")
+        return Unchecked("no database, and the DDL or the query has no counterpart in SQLite")
     if execution.kind == "database":
         raise DataError(f"row {item.id}: {execution.reason}", hint="is the file a SQLite database?")
     return None if execution.status == "rows" else execution.reason
@@ -110,18 +111,22 @@ def _read(sql: str) -> str | list[exp.Expression]:
         return f"longer than {MAX_SQL} characters"
     if "\x00" in sql:
         return "it contains a NUL character"
-    try:
-        with quiet_sqlglot():
-            trees = sqlglot.parse(sql, read="sqlite")
-    except ParseError as error:
-        return _where(error)
-    except SqlglotError as error:
-        return f"not SQL: {str(error).splitlines()[0][:200]}"
-    except RecursionError:
-        return "it is nested too deeply"
-    except ValueError as error:
-        return f"not SQL: {error}"
-    return [tree for tree in trees if tree is not None and not isinstance(tree, exp.Semicolon)]
+    reason = ""
+    for dialect in DIALECTS:  # SQLite's first: it says what is wrong
+        try:
+            with quiet_sqlglot():
+                trees = sqlglot.parse(sql, read=dialect)
+        except ParseError as error:
+            reason = reason or _where(error)
+        except SqlglotError as error:
+            reason = reason or f"not SQL: {str(error).splitlines()[0][:200]}"
+        except RecursionError:
+            return "it is nested too deeply"
+        except ValueError as error:
+            reason = reason or f"not SQL: {error}"
+        else:
+            return [tree for tree in trees if tree is not None and not isinstance(tree, exp.Semicolon)]
+    return reason
 
 
 def _where(error: ParseError) -> str:

@@ -14,7 +14,7 @@ from quantlab.errors import DataError, RecipeError
 from quantlab.results import read_jsonl
 from quantlab.sql.dataset import Item, load_items
 from quantlab.sql.sandbox import Limits, Sandbox
-from quantlab.teacher.empty_tables import build_empty
+from quantlab.teacher.empty_tables import run_on_empty_tables
 from quantlab.teacher.filters import (
     ORDER,
     Rejected,
@@ -234,17 +234,49 @@ def test_rules_are_named_as_in_recipes() -> None:
     ],
 )
 def test_ddl_that_does_more_than_define_tables(attack: str, tmp_path: Path) -> None:
-    target, made = tmp_path / "target", tmp_path / "made"
-    assert build_empty(attack.replace("{path}", str(target)), made)
-    assert not target.exists() and not made.exists()
+    target = tmp_path / "target"
+    row = replace(
+        item("SELECT COUNT(*) FROM t", "x"), context=attack.replace("{path}", str(target)), database=None
+    )
+    with Sandbox(workers=1) as sandbox:
+        (found,) = run_on_empty_tables(sandbox, [row])
+    assert found is None or found.rows == ((0,),)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_empty_tables_with_checks_defaults_and_keys(tmp_path: Path) -> None:
+def test_empty_tables_with_checks_defaults_and_keys() -> None:
     ddl = (
         "CREATE TABLE a (x INTEGER PRIMARY KEY AUTOINCREMENT, y TEXT DEFAULT (lower('A')) CHECK (length(y) > 1),"
         " z INTEGER REFERENCES elsewhere(id)); -- 주석\nCREATE UNIQUE INDEX i ON a (y);"
     )
-    assert build_empty(ddl, tmp_path / "a") is None
+    rows = [
+        replace(item(sql, "x"), context=ddl, database=None) for sql in ("SELECT y FROM a", "SELECT q FROM a")
+    ]
+    with Sandbox(workers=1) as sandbox:
+        good, bad = run_on_empty_tables(sandbox, rows)
+    assert good is not None and good.status == "rows" and bad is not None and "no such column" in bad.reason
+
+
+def test_what_only_another_dialect_reads_parses() -> None:
+    assert parses(item("SELECT GROUP_CONCAT(title SEPARATOR ', ') FROM books", "x")) is None
+    assert "line 1" in str(parses(item("SELECT (title FROM books", "x")))
+
+
+def test_rows_of_another_dialect_are_run_too() -> None:
+    ddl = "CREATE TABLE `users` (`id` INT AUTO_INCREMENT PRIMARY KEY, `joined` DATETIME NOT NULL) ENGINE=InnoDB;"
+    answers = {
+        "SELECT COUNT(*) FROM users WHERE joined >= DATE_SUB(CURDATE(), INTERVAL 1 MONTH)": "rows",
+        "SELECT nosuch FROM users": "error",
+        "SELECT STDDEV(id) FROM users": None,
+        "WITH RECURSIVE r AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM r) SELECT COUNT(*) FROM r": "timeout",
+        "SELECT YEAR(joined) FROM users": "rows",
+    }
+    rows = [replace(item(sql, "x"), context=ddl, database=None) for sql in answers]
+    with Sandbox(Limits(seconds=1.0, steps=2_000_000), workers=1) as sandbox:
+        found = run_on_empty_tables(sandbox, rows)
+    assert [execution.status if execution is not None else None for execution in found] == list(
+        answers.values()
+    )
 
 
 def test_rejected_rows_are_written_down(tmp_path: Path) -> None:
