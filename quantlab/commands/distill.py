@@ -57,7 +57,8 @@ def run(name: str, options: Options, *, as_json: bool = False) -> None:
 
 def distill(name: str, recipe: DistillRecipe, options: Options, progress: Progress) -> dict[str, Any]:
     """Everything between the command line and its last line; returns the summary."""
-    from quantlab.commands.distill_cell import dry_run, run_cell
+    from quantlab.commands.distill_cell import run_cell
+    from quantlab.commands.distill_plan import dry_run
     from quantlab.commands.quantize import check_device
 
     check_device(options.device)

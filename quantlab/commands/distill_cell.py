@@ -6,146 +6,33 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab import __version__
 from quantlab.calibration import read_texts
+from quantlab.commands.distill_plan import Plan, plan_cell
 from quantlab.commands.work import (
     Work,
     find_baseline,
-    plan_work,
     provenance,
-    refuse_existing,
     short_hash,
     start_run,
-    stored_as,
     text_digest,
 )
-from quantlab.distill.prepare import Source, estimates, prepare, read_source
+from quantlab.distill.prepare import prepare, read_source
 from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.sweep import Cell
-from quantlab.errors import MachineError, RecipeError
 from quantlab.models.files import ModelFiles, open_files
-from quantlab.paths import atomic_write_text, file_digest, find_source, slug
+from quantlab.paths import atomic_write_text
 from quantlab.progress import Progress
 from quantlab.quant.checkpoint import partial_path
-from quantlab.recipe import DistillRecipe, QuantizeRecipe
 from quantlab.results import Run, rebuild_leaderboard
-from quantlab.sql.dataset import digest
 
 if TYPE_CHECKING:
     from quantlab.commands.distill import Options
-
-
-@dataclass
-class Plan:
-    """What one cell will do. `work` is the student's run, `base` that of the model it starts from."""
-
-    cell: Cell
-    recipe: DistillRecipe
-    files: ModelFiles
-    work: Work
-    base: Work
-    out: Path
-    made: bool  # the student is there already
-    measured: bool
-    source: (
-        Source | None
-    )  # rows, read once; None for plain text and for the hub, which planning does not fetch
-
-
-def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
-    """Names, digests and directories, refused where something is in the way. Imports nothing heavy."""
-    recipe = cell.recipe
-    _need_reporters(recipe.train.report_to)
-    files = open_files(recipe.student.model)
-    label = f"{name}-{cell.label}" if cell.label else name
-    at_hand = recipe.data.format != "text" and not recipe.data.source.startswith("hf:")
-    source = read_source(recipe) if at_hand else None
-    decides = [_source_digest(recipe, source)]
-    if recipe.train.logits is not None:
-        decides.append(open_files(recipe.train.logits.model).digest)
-    work = plan_work(label, recipe, recipe.student.model, files, options.results, decides)
-    bits = stored_as(files)["bits"]
-    work.row.update(stage="student", method=recipe.student.mode, bits=bits, format="none")
-    plain = QuantizeRecipe(method="none", dtype=recipe.dtype, evaluate=recipe.evaluate, tasks=recipe.tasks)
-    base = plan_work("none", plain, recipe.student.model, files, options.results)
-    base.row.update(
-        {"params": files.params if files.quantized is None else None},
-        **(stored_as(files) | {"parent": provenance(files.path).get("parent")}),
-    )
-    root = options.out or Path("checkpoints") / slug(recipe.student.model)
-    out = (root / cell.label if cell.label else root) if options.out else root / label
-    made = _is_ours(out, work, options)
-    found = work.existing()
-    if found is not None and not options.resume:
-        refuse_existing(work, found)
-    measured = made and found is not None and found.done
-    return Plan(cell, recipe, files, work, base, out, made, measured, source)
-
-
-def _need_reporters(names: Sequence[str]) -> None:
-    """Loggers are not installed with quantlab; a missing one is the first thing to know."""
-    for name in names:
-        if find_spec(name) is None:
-            raise MachineError(
-                f"train.report_to names {name}, which is not installed", hint=f"pip install {name}"
-            )
-
-
-def _source_digest(recipe: DistillRecipe, source: Source | None) -> str:
-    """What decides the rows: the source's content, and what is asked about it is in the recipe's digest."""
-    if recipe.data.format == "text":
-        return text_digest(recipe.data.source)
-    if source is None:
-        return short_hash([recipe.data.source])
-    parts = [digest(source.items), digest(source.evaluated)]
-    if recipe.teacher is not None and recipe.teacher.model.startswith("file:"):
-        parts.append(file_digest(find_source(recipe.teacher.model.removeprefix("file:"))))
-    return short_hash(parts)
-
-
-def _is_ours(out: Path, work: Work, options: Options) -> bool:
-    """Whether `out` holds this very student; anything else there is refused."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    found = provenance(out)
-    if not options.resume:
-        goes_on = "--resume goes on; " if found else ""
-        raise RecipeError(f"{out} already holds something", hint=f"{goes_on}--out writes elsewhere")
-    if found.get("run_id") != work.run_id:
-        raise RecipeError(
-            f"{out} holds something that this recipe, model and data did not make",
-            hint="--out writes elsewhere",
-        )
-    return True
-
-
-def dry_run(name: str, cell: Cell, options: Options) -> dict[str, Any]:
-    """What the cell would do and cost; no network, nothing written."""
-    plan = plan_cell(name, cell, options)
-    text = plan.recipe.data.format == "text"
-    items = [] if text else (plan.source or read_source(plan.recipe)).items
-    costs = {} if plan.made or text else estimates(plan.recipe, items, options.book)
-    rows = len(read_texts(plan.recipe.data.source)[: plan.recipe.data.limit]) if text else len(items)
-    steps = [] if plan.measured else ["measure the base", "measure the student"]
-    if not plan.made:
-        steps = ["prepare the rows", f"train ({plan.recipe.student.mode})", *steps]
-    return {
-        "label": cell.label,
-        "student": plan.recipe.student.model,
-        "steps": steps,
-        "run_id": plan.work.run_id,
-        "checkpoint": str(plan.out),
-        "source": plan.recipe.data.source,
-        "rows": rows,
-        "estimates": costs,
-    }
 
 
 def run_cell(name: str, cell: Cell, options: Options, progress: Progress) -> dict[str, Any]:

@@ -274,6 +274,18 @@ def test_no_text_makes_it_raise(sandbox: Sandbox, text: str) -> None:
     build(read_schema(DDL), [text], sandbox, Path("/nonexistent"))
 
 
+def test_checks_that_no_drawn_row_meets_are_given_up(sandbox: Sandbox, tmp_path: Path) -> None:
+    ddl = (
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, code TEXT NOT NULL CHECK (length(code) = 9 AND code LIKE 'ab-%'), "
+        "a INTEGER CHECK (a BETWEEN 1 AND 9), b INTEGER, CHECK (b * b = a + 12345));"
+    )
+    found = witness(sandbox, tmp_path, "SELECT id FROM t WHERE a > 4", ddl)
+    assert found.databases and found.score == 1.0
+    with sqlite3.connect(found.databases[0]) as connection:
+        assert {a for (a,) in connection.execute("SELECT a FROM t")} <= {None, *range(1, 10)}
+    connection.close()
+
+
 def test_an_item_without_keys_in_its_ddl(sandbox: Sandbox, tmp_path: Path) -> None:
     ddl = "CREATE TABLE author (aid INTEGER, name TEXT); CREATE TABLE writes (aid INTEGER, pid INTEGER);"
     gold = "SELECT a.name FROM author a JOIN writes w ON a.aid = w.aid GROUP BY a.name HAVING COUNT(*) > 2"
