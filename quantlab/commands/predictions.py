@@ -7,6 +7,7 @@ mutation score, published rules beside ours, and a judge's verdicts against exec
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,8 +146,6 @@ def _agreement(samples: Sequence[Sample], judged: dict[str, tuple[bool, str]]) -
 
 def _reasons(samples: Sequence[dict[str, Any]]) -> dict[str, int]:
     """What went wrong, the most frequent first; numbers and values in the words are left out to count alike ones."""
-    import re
-
     words = Counter(
         f"{row['verdict']}: "
         + re.sub(r"'[^']*'|\b\d[\d.]*\b", "…", str(row["why"]).split(" (witness")[0])[:100]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantlab.sql.compare import Comparison, compare
-from quantlab.sql.ordering import Group, order_plan, tie_groups
+from quantlab.sql.ordering import Group, OrderPlan, order_plan, tie_groups
 from quantlab.sql.sandbox import Execution, Sandbox
 
 
@@ -47,9 +47,14 @@ def run_gold(sandbox: Sandbox, database: Path, sql: str) -> Gold:
     """Run a gold query, and its probe for ties where it sorts."""
     execution = sandbox.run(database, sql, role="gold")
     plan = order_plan(sql) if execution.status == "rows" else None
+    probed = sandbox.run(database, plan.probe, role="gold") if plan is not None and plan.probe else None
+    return gold_of(execution, plan, probed)
+
+
+def gold_of(execution: Execution, plan: OrderPlan | None, probed: Execution | None) -> Gold:
+    """A gold that has been run, with its tie groups where it sorts; `probed` is the run of its plan's probe."""
     if plan is None:
         return Gold(execution)
-    probed = sandbox.run(database, plan.probe, role="gold") if plan.probe else None
     rows = probed.rows if probed is not None and probed.status == "rows" else None
     return Gold(execution, tie_groups(plan, execution.rows, rows), plan.words)
 
@@ -85,7 +90,7 @@ def judge_against(
             return failure
         if not evidence:
             return _without_evidence([gold for row in runs for gold in row], execution)
-        found = {number: _compared(golds[number], execution) for number in possible}
+        found = {number: compared(golds[number], execution) for number in possible}
         met = [number for number in possible if found[number].equal]
         if not met:
             return Verdict("wrong", found[possible[0]].reason + where, True, kind)
@@ -106,7 +111,8 @@ def _failed(execution: Execution, golds: Sequence[Gold], evidence: bool, where: 
     return None
 
 
-def _compared(gold: Gold, execution: Execution) -> Comparison:
+def compared(gold: Gold, execution: Execution) -> Comparison:
+    """A result set against the gold's, by the rules of `compare`."""
     return compare(
         gold.execution.rows,
         execution.rows,

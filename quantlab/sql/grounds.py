@@ -48,7 +48,7 @@ class Ground:
     witness: Witness | None = None
 
     @property
-    def record(self) -> dict[str, int | list[str]]:
+    def record(self) -> dict[str, int]:
         """For a sample: how many witness databases, and how good they are."""
         if self.witness is None:
             return {}

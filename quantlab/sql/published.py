@@ -38,6 +38,7 @@ from quantlab.sql.normalize import MAX_LENGTH, parse
 from quantlab.sql.ordering import Row
 from quantlab.sql.published_frames import frames_agree
 from quantlab.sql.sandbox import Execution, Role, Sandbox
+from quantlab.sql.schema import quote_name
 
 Rule = Literal["spider-test-suite", "bird", "sql-eval"]
 RULES: tuple[Rule, ...] = ("spider-test-suite", "bird", "sql-eval")
@@ -202,9 +203,9 @@ def gold_after(predicted_sql: str, gold_sql: str) -> str | None:
     where, name = tree.args.get("where"), tree.this.name
     if where is not None and name.lower() in _tables(where):
         return None  # inside the shadow its name would mean the shadow
-    alias = f" AS {_quote(tree.this.alias)}" if tree.this.alias else ""
+    alias = f" AS {quote_name(tree.this.alias)}" if tree.this.alias else ""
     kept = f"NOT COALESCE(({where.this.sql(dialect='sqlite')}), 0)" if where is not None else "0"
-    shadow = f"{_quote(name)} AS (SELECT * FROM main.{_quote(name)}{alias} WHERE {kept})"
+    shadow = f"{quote_name(name)} AS (SELECT * FROM main.{quote_name(name)}{alias} WHERE {kept})"
     own = re.match(r"\s*WITH(\s+RECURSIVE)?\b", gold_sql, re.IGNORECASE)
     if own is None:
         return f"WITH {shadow} {gold_sql}"
@@ -255,7 +256,3 @@ def _check(rule: str) -> None:
         near = nearest(rule, RULES)
         hint = f"did you mean {near}?" if near else f"one of: {', '.join(RULES)}"
         raise RecipeError(f"no published rule {rule!r}", hint=hint)
-
-
-def _quote(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -118,11 +118,11 @@ class _Filler:
         found = {key: self._runs(key) for key in self.foreign if not self._own(key)}
         return {key: run for key, run in found.items() if run}
 
-    def _runs(self, key: ForeignKey) -> list[int] | None:
+    def _runs(self, key: ForeignKey) -> list[int]:
         """Numbers of parent rows for the children, one after another: each parent as often as its size says."""
         parents = len(self.filled[key.table.lower()].rows)
-        if parents < 2 or (self.name, key.columns[0].lower()) not in self.stock.counted:
-            return None
+        if parents < 2:
+            return []
         order = list(range(parents))
         self.rng.shuffle(order)
         good = set(self.filled[key.table.lower()].good)
@@ -214,13 +214,8 @@ class _Filler:
             if meeting and (mode == "good" or (mode == "near" and self.rng.random() < 0.5)):
                 return self.rng.choice(meeting)
             missing = [value for value in self.stock.near[key] if value not in meeting]
-            pool = (
-                missing
-                if mode == "near"
-                else self.stock.near[key]
-                if self.rng.random() < 0.5
-                else self.plain[lower]
-            )
+        if conditions and mode == "near":
+            pool = missing
         else:
             pool = self.stock.near[key] if self.rng.random() < 0.5 else self.plain[lower]
         pool = pool or self.plain[lower] or self.stock.near[key]

@@ -36,7 +36,6 @@ class Stock:
     linked: dict[Key, list[Key]] = field(default_factory=dict)
     grouped: frozenset[Key] = frozenset()
     sizes: tuple[int, ...] = ()
-    counted: frozenset[Key] = frozenset()  # foreign keys of a grouped query: their children come in runs
     extremes: frozenset[Key] = frozenset()  # the largest or smallest of these decides
     distances: tuple[tuple[Key, Key, int], ...] = ()  # see `clues.Clues`
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from quantlab.sql.clues import MAX_SIZE, PLACE, Clues, Key, gather
-from quantlab.sql.compare import compare
+from quantlab.sql.execution import compared, gold_of
 from quantlab.sql.mutate import Mutant, mutants
-from quantlab.sql.ordering import OrderPlan, order_plan, tie_groups
+from quantlab.sql.ordering import OrderPlan, order_plan
 from quantlab.sql.rows import make
 from quantlab.sql.sandbox import Execution, Sandbox
 from quantlab.sql.schema import Column, Schema
@@ -108,27 +108,15 @@ class Search:
 
     def _killed(self, answers: Sequence[Execution]) -> set[Mutant]:
         """Which living mutants this database tells from the gold; those that do not run are taken off the list."""
-        gold, probe = answers[0], answers[1]
-        groups = None
-        if self.plan is not None:
-            probed = probe.rows if self.plan.probe and probe.status == "rows" else None
-            groups = tie_groups(self.plan, gold.rows, probed)
+        probed = answers[1] if self.plan is not None and self.plan.probe else None
+        gold = gold_of(answers[0], self.plan, probed)
         killed, invalid = set(), set()
         for mutant, answer in zip(self.alive, answers[2:], strict=True):
             if answer.same:
                 continue
             if answer.status == "error" and answer.kind == "sql":
                 invalid.add(mutant)
-            elif (
-                answer.status != "rows"
-                or not compare(
-                    gold.rows,
-                    answer.rows,
-                    gold_columns=gold.columns,
-                    predicted_columns=answer.columns,
-                    groups=groups,
-                ).equal
-            ):
+            elif answer.status != "rows" or not compared(gold, answer).equal:
                 killed.add(mutant)
         if invalid:
             self.alive = [mutant for mutant in self.alive if mutant not in invalid]
@@ -146,10 +134,8 @@ class Search:
             shared = [*constants.get(left, ()), *constants.get(right, ())]
             if shared:
                 constants[left] = constants[right] = list(dict.fromkeys(shared))
-        for (
-            child,
-            parent,
-        ) in self._references():  # what a query says of a foreign key holds for the key it names
+        # What a query says of a foreign key holds for the key it names.
+        for child, parent in self._references():
             if child in constants:
                 constants[parent] = list(dict.fromkeys([*constants.get(parent, ()), *constants[child]]))
             for condition in clues.conditions.get(child, ()):
@@ -170,7 +156,6 @@ class Search:
             linked,
             frozenset(clues.grouped),
             tuple(size for size in clues.sizes if size),
-            frozenset(self._counted()),
             frozenset(clues.extremes),
             tuple(clues.distances),
         )
@@ -186,12 +171,6 @@ class Search:
             for key in table.foreign_keys:
                 for name, other in zip(key.columns, key.references, strict=False):
                     yield (table.name.lower(), name.lower()), (key.table.lower(), other.lower())
-
-    def _counted(self) -> Iterator[Key]:
-        """Foreign keys of the tables that are read: the first column of each."""
-        for table in self.clues.tables:
-            for key in table.foreign_keys:
-                yield table.name.lower(), key.columns[0].lower()
 
     def _constants(self) -> dict[Key, list[Any]]:
         """The named constants, and the values of those that are expressions."""

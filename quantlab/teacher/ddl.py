@@ -6,9 +6,6 @@ import functools
 from dataclasses import dataclass
 
 from quantlab.sql import schema as sql_schema
-from quantlab.sql.quiet import quiet_sqlglot
-
-__all__ = ["Columns", "Schema", "quiet_sqlglot", "read_schema"]
 
 Columns = dict[str, str] | None  # lower case → as written; None: not known
 

@@ -263,9 +263,12 @@ def _by_empty_tables(items: Sequence[Item], numbers: Sequence[int]) -> list[list
 def _run_group(sandbox: Sandbox, items: Sequence[Item]) -> list[Execution | None]:
     """Executions with at most one telling row each; None where there is nothing to run on."""
     database = items[0].database
+    found: list[Execution | None]
     if database is None:
-        return run_on_empty_tables(sandbox, items)
-    return [_telling(sandbox.run(database, item.answer, role="gold")) for item in items]
+        found = run_on_empty_tables(sandbox, items)
+    else:
+        found = [sandbox.run(database, item.answer, role="gold") for item in items]
+    return [_telling(execution) if execution is not None else None for execution in found]
 
 
 def _telling(execution: Execution) -> Execution:

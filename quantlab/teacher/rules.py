@@ -17,10 +17,11 @@ from sqlglot.errors import ParseError, SqlglotError
 
 from quantlab.errors import DataError
 from quantlab.sql.dataset import Item
+from quantlab.sql.quiet import quiet_sqlglot
 from quantlab.sql.sandbox import Execution
 from quantlab.sql.schema import DIALECTS
 from quantlab.teacher.binding import unknown_name
-from quantlab.teacher.ddl import quiet_sqlglot, read_schema
+from quantlab.teacher.ddl import read_schema
 from quantlab.teacher.verdicts import Verdict
 
 MAX_SQL = 20_000  # characters
