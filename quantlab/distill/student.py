@@ -68,6 +68,7 @@ def open_student(
     """Load a model for training.
 
     ``full`` keeps float32 weights and trains all; ``lora`` and ``qlora`` freeze the model and train float32 adapters.
+    Plain frozen weights are held in ``precision`` where that is bfloat16 or the device is a GPU, else in float32.
     A checkpoint that is stored quantized stays as it is stored, in either mode.
 
     Raises:
@@ -87,7 +88,9 @@ def open_student(
     if mode == "qlora" and files.quantized is None:
         scheme = bnb_config("bnb-nf4", double_quant=True, compute_dtype=compute)
     quantized = scheme is not None or files.quantized is not None
-    frozen_half = mode != "full" and place.startswith("cuda")
+    frozen_half = mode != "full" and (
+        place.startswith("cuda") or (precision == "bfloat16" and files.quantized is None)
+    )
     dtype = precision if frozen_half or (quantized and files.quantized is None) else "float32"
     if files.quantized is not None:
         dtype = "auto" if frozen_half else "float32"

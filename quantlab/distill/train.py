@@ -1,8 +1,8 @@
 """Training the student: trl's SFTTrainer on blocks of tokens, with the loss on the answers alone.
 
 What is added to the trainer: logits are computed only where something is learned; packed blocks bring their own
-attention; the losses of logit distillation; checkpoints that are known to be whole, so that a training killed at any
-moment goes on from the last one and ends as if nothing had happened.
+attention; on CPUs a LoRA layer is one product; the losses of logit distillation; checkpoints that are known to be
+whole, so that a training killed at any moment goes on from the last one and ends as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from quantlab.distill import attention
 from quantlab.distill.data import IGNORED, Block, Example, collate
 from quantlab.distill.losses import divergence_sum
+from quantlab.distill.one_product import one_product
 from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.student import Student, train_in_float32
 from quantlab.errors import DataError
@@ -38,7 +39,7 @@ WHOLE = "whole.json"  # written last into a checkpoint: it was not cut short
 EVALUATIONS = 10  # of a training, unless told
 
 OPTIMIZERS = {
-    "adamw": "adamw_torch",
+    "adamw": "adamw_torch_fused",  # one operation for all tensors, on CPUs too
     "adamw_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
     "adafactor": "adafactor",
@@ -154,7 +155,8 @@ def train(
             trainer.remove_callback(callback)
         if student.adapted:
             train_in_float32(student.model)  # trl stores the adapters of a quantized model in bfloat16
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        with one_product(student.model):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
         # Mixed precision wraps the model's forward; what is measured and saved from here on is the model itself.
         student.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     log = [dict(entry) for entry in trainer.state.log_history]
@@ -293,7 +295,7 @@ class _Collator:
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
         chosen = [self.blocks[row["block"]] for row in rows]
-        batch: dict[str, Any] = dict(collate(chosen, self.pad, self.packed))
+        batch: dict[str, Any] = dict(collate(chosen, self.pad, self.packed and not self.grouped))
         batch["numbers"] = torch.tensor([row["block"] for row in rows])
         if self.grouped:
             batch["packed_layout"] = attention.layout_of(chosen)
