@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +34,22 @@ DTYPE_BYTES = {
     "I8": 1,
     "U8": 1,
     "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
 }
 WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Heads of models that do not continue text from left to right, as they end the names of transformers' classes.
+NOT_CAUSAL = re.compile(
+    r"For(MaskedLM|PreTraining|\w*Classification|\w*QuestionAnswering|MultipleChoice|NextSentencePrediction)$"
+)
+ROUTERS = {
+    "gate",
+    "router",
+    "shared_expert_gate",
+}  # who decides which experts a token goes to, and how much of each
 
 
 @dataclass(frozen=True)
@@ -97,19 +111,68 @@ class ModelFiles:
     @cached_property
     def block_prefix(self) -> str:
         """The name before the block number: ``model.layers`` in ``model.layers.3.mlp.up_proj.weight``."""
-        counts = Counter(m.group(1) for name in self.tensors if (m := re.match(r"(.+?)\.\d+\.", name)))
-        if not counts:
+        sizes: Counter[str] = Counter()
+        for name, tensor in self.tensors.items():
+            if found := re.match(r"(.+?)\.\d+\.", name):
+                sizes[found.group(1)] += tensor.count
+        if not sizes:
             raise DataError(f"{self.name}: no repeated decoder blocks among its {len(self.tensors)} tensors")
-        return counts.most_common(1)[0][0]
+        return sizes.most_common(1)[0][0]
 
     def block_linears(self) -> dict[str, tuple[int, int]]:
-        """Matrices inside the blocks, module name to (out, in)."""
+        """The linears inside the blocks that are quantized, module name in the files to (out, in): two-dimensional
+        weights, without those of routers, norms and embeddings.
+
+        Raises:
+            DataError: the model is of a kind that cannot be quantized here (see :func:`refuse_unfit`).
+        """
+        refuse_unfit(self)
         prefix = self.block_prefix + "."
-        return {
+        found = {
             name.removesuffix(".weight"): (t.shape[0], t.shape[1])
             for name, t in self.tensors.items()
             if name.startswith(prefix) and name.endswith(".weight") and len(t.shape) == 2
         }
+        routed = has_experts(found)
+        return {name: shape for name, shape in found.items() if quantizable(name, routed)}
+
+
+def has_experts(names: Iterable[str]) -> bool:
+    """Whether modules of these names form a mixture of experts."""
+    return any("experts" in name.split(".") for name in names)
+
+
+def quantizable(name: str, routed: bool) -> bool:
+    """Whether the matrix of module ``name`` is one to quantize; ``routed``: the model has experts.
+
+    A router's few rows decide discretely, and no reader expects them packed; a norm with a matrix for weight (one row a
+    head) and an embedding are no linears.
+    """
+    parts = name.split(".")
+    if "norm" in parts[-1] or "embed" in parts[-1] or parts[-1] in ("wte", "wpe"):
+        return False
+    return not (routed and ROUTERS & set(parts))
+
+
+def refuse_unfit(files: ModelFiles) -> None:
+    """Refuse what configuration and headers alone show to be no causal language model of separate matrices.
+
+    Raises:
+        DataError: an encoder-decoder, a model with another head, experts that are one tensor.
+    """
+    architectures = [str(name) for name in files.config.get("architectures") or []]
+    called = ", ".join(architectures) or str(files.config.get("model_type", "a model"))
+    hint = "give a causal language model (a decoder alone, as Llama, Qwen or Gemma are)"
+    if files.config.get("is_encoder_decoder"):
+        raise DataError(f"{files.name}: {called} is an encoder with a decoder", hint=hint)
+    if architectures and all(NOT_CAUSAL.search(name) for name in architectures):
+        raise DataError(f"{files.name}: {called} is not a causal language model", hint=hint)
+    for name, tensor in files.tensors.items():
+        if len(tensor.shape) == 3 and re.search(r"expert|moe|mlp|ffn|feed_forward", name):
+            raise DataError(
+                f"{files.name}: {name} ({called}) holds all experts of a layer in one tensor",
+                hint="only models whose files hold each expert's matrices by themselves can be quantized",
+            )
 
 
 def open_files(ref: str | Path) -> ModelFiles:

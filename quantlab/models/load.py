@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 
 from quantlab.errors import DataError, MachineError
 from quantlab.models.files import ModelFiles, open_files
+from quantlab.models.packed_experts import separated
 
 # gptqmodel sizes its pools for a server unless told; it reads this once, at import.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
@@ -65,12 +68,14 @@ def load_subject(
     trust_remote_code: bool = False,
     quantization: Any = None,
 ) -> Subject:
-    """Load a model directory, hub id or ``embedded:<name>`` through plain transformers.
+    """Load a model directory, hub id or ``embedded:<name>`` through transformers: plainly, but for quantized mixtures
+    of experts, which transformers cannot read by itself (see ``packed_experts``).
 
     ``quantization`` is a transformers quantization config that is applied while loading (bitsandbytes).
 
     Raises:
-        DataError: the files are bad or transformers cannot make a model of them. MachineError: a library is missing.
+        DataError: the files are bad, transformers cannot make a model of them, or they lack a tensor that it would
+            start from random numbers. MachineError: a library is missing.
     """
     files = open_files(ref)
     place = pick_device(device)
@@ -78,23 +83,50 @@ def load_subject(
     from transformers import AutoModelForCausalLM
 
     extra = {"quantization_config": quantization} if quantization is not None else {}
+    wanted = _dtype(files, dtype, place)
+    loader: Any = AutoModelForCausalLM
+    if experts := separated(files, torch.float32, trust_remote_code):
+        loader, extra = experts[0], extra | experts[1]
+    else:
+        extra |= {"trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            files.path,
-            dtype=_dtype(files, dtype, place),
-            device_map={"": place},
-            trust_remote_code=trust_remote_code,
-            **extra,
-        ).eval()
+        with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws progress bars of its own
+            model, info = loader.from_pretrained(
+                files.path, dtype=wanted, device_map={"": place}, output_loading_info=True, **extra
+            )
     except ImportError as error:
         raise MachineError(f"{files.name} needs a library that is not here: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{files.name}: transformers cannot load it: {error}") from error
+    refuse_missing(model, info.get("missing_keys", ()), files.name)
+    model.eval()
     keep_bnb_storage(model)
+    if hasattr(model, "ct_decompress_hook"):  # unpack now, not inside the first forward that is timed
+        model.hf_quantizer.compressor.decompress_model(model)
     tokenizer = load_tokenizer(files, trust_remote_code)
     return Subject(
         model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
     )
+
+
+def refuse_missing(model: nn.Module, missing: Iterable[str], called: str) -> None:
+    """Refuse a model of which the files lack a tensor: transformers starts it from random numbers and only warns. The
+    scales behind an activation (see ``scaled``) are set to 1, which is what their absence means.
+
+    Raises:
+        DataError: names the tensor.
+    """
+    lacking = []
+    for name in sorted(missing):
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf == "scales" and type(module).__name__ == "ScaledActivation":
+            nn.init.ones_(getattr(module, leaf))
+        else:
+            lacking.append(name)
+    if lacking:
+        more = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
+        raise DataError(f"{called}: tensor {lacking[0]}{more} of {type(model).__name__} is not in its files")
 
 
 def _dtype(files: ModelFiles, wish: str, device: str) -> str | torch.dtype:
@@ -139,11 +171,17 @@ def count_params(model: nn.Module, files: ModelFiles) -> int:
     total = 0
     inside: set[int] = set()
     for module in model.modules():
-        if packed_as(module):
+        # compressed-tensors keeps nn.Linear and changes what is in it
+        if packed_as(module) or (isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme")):
             bias = getattr(module, "bias", None)
             total += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
             total += bias.numel() if isinstance(bias, torch.Tensor) else 0
-            inside.update(id(p) for p in module.parameters())
+            inside.update(id(t) for t in (*module.parameters(), *module.buffers()))
+        elif type(module).__name__ == "ScaledActivation":  # the awq layout's own
+            inside.add(id(module.scales))
+    for module in model.modules():  # buffers that files hold count there too (a router's corrections)
+        kept = [b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set]
+        total += sum(b.numel() for b in kept if b is not None and id(b) not in inside)
     return total + sum(p.numel() for p in model.parameters() if id(p) not in inside)
 
 
