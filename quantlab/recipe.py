@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -20,6 +20,7 @@ from quantlab.recipe_parts import (
     BaseRecipe,
     Calibration,
     FidelityOptions,
+    KvCacheOptions,
     LmEvalOptions,
     PerplexityOptions,
     SpeedOptions,
@@ -28,18 +29,31 @@ from quantlab.recipe_parts import (
 )
 
 __all__ = [
-    "BaseRecipe", "Calibration", "DistillRecipe", "EvaluateRecipe", "FidelityOptions", "LmEvalOptions",
-    "PerplexityOptions", "QuantizeRecipe", "Recipe", "SpeedOptions", "TaskOptions", "Text2SqlOptions",
+    "BaseRecipe", "Calibration", "DistillRecipe", "EvaluateRecipe", "FidelityOptions", "KvCacheOptions",
+    "LmEvalOptions", "PerplexityOptions", "QuantizeRecipe", "Recipe", "SpeedOptions", "TaskOptions", "Text2SqlOptions",
     "bundled_recipes", "find_recipe", "json_schema", "load_recipe", "parse_recipe", "usable",
 ]  # fmt: skip
 
-Method = Literal["none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq"]
-Format = Literal["gptq", "awq", "bitsandbytes", "none"]
+Method = Literal["none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq", "fp8"]
+Format = Literal["gptq", "awq", "compressed-tensors", "bitsandbytes", "none"]
 
 GROUP_SIZES = (-1, 16, 32, 64, 128)
 
-# Bits that a layout has room for, and whether it can say in which order columns were quantized (g_idx).
-LAYOUTS: dict[str, tuple[tuple[int, ...], bool]] = {"gptq": ((2, 3, 4, 8), True), "awq": ((4,), False)}
+
+class Layout(NamedTuple):
+    """What a checkpoint layout can hold, as plain transformers reads it."""
+
+    bits: tuple[int, ...]
+    ordered: bool  # says in which order columns were quantized (g_idx)
+    asymmetric: bool
+    mixed: bool  # a width for every layer
+
+
+LAYOUTS: dict[str, Layout] = {
+    "gptq": Layout((2, 3, 4, 8), ordered=True, asymmetric=True, mixed=False),
+    "awq": Layout((4,), ordered=False, asymmetric=True, mixed=False),
+    "compressed-tensors": Layout((2, 3, 4, 8), ordered=False, asymmetric=False, mixed=True),
+}
 
 # What a method fixes by itself: bits, group size (block size of bitsandbytes), symmetric, format.
 _FIXED: dict[str, tuple[int, int, bool, str]] = {
@@ -47,9 +61,10 @@ _FIXED: dict[str, tuple[int, int, bool, str]] = {
     "bnb-int8": (8, -1, True, "bitsandbytes"),
     "bnb-fp4": (4, 64, True, "bitsandbytes"),
     "bnb-nf4": (4, 64, True, "bitsandbytes"),
+    "fp8": (8, -1, True, "compressed-tensors"),
 }
 _GRID = {"bits", "group_size", "symmetric", "format"}
-_CALIBRATED = _GRID | {"calibration", "propagate"}
+_CALIBRATED = _GRID | {"calibration", "propagate", "target_bits"}
 # Keys that only some methods have; every other key belongs to all.
 _KEYS: dict[str, set[str]] = {
     "none": set(),
@@ -57,8 +72,9 @@ _KEYS: dict[str, set[str]] = {
     "bnb-int8": set(),
     "bnb-fp4": {"double_quant"},
     "bnb-nf4": {"double_quant"},
-    "gptq": _CALIBRATED | {"act_order", "damp"},
+    "gptq": _CALIBRATED | {"act_order", "static_groups", "damp"},
     "awq": _CALIBRATED | {"scale_search", "clip_search", "search_steps"},
+    "fp8": set(),
 }
 _METHOD_KEYS = set().union(*_KEYS.values())
 
@@ -68,10 +84,16 @@ class QuantizeRecipe(BaseRecipe):
 
     kind: Literal["quantize"] = "quantize"
     method: Method
-    bits: Literal[2, 3, 4, 8, 16] = 4  # 16 only for `none`, which rounds nothing
+    bits: Literal[2, 3, 4, 8, 16, "auto"] = 4  # 16 only for `none`, which rounds nothing
+    target_bits: Annotated[float, Field(ge=2, le=8)] | None = (
+        None  # of `bits: auto`: the average over all weights
+    )
     group_size: int = 128  # columns that share a scale; -1 a whole row
     symmetric: bool = True
     act_order: bool | Literal["group"] = False  # "group": order inside groups that stay in place
+    static_groups: bool = (
+        False  # with act_order: groups stay in place, their grids those of the original weights
+    )
     damp: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.01
     double_quant: bool = False
     scale_search: bool = True
@@ -95,8 +117,9 @@ class QuantizeRecipe(BaseRecipe):
         if method in _FIXED:
             filled.update(zip(("bits", "group_size", "symmetric", "format"), _FIXED[method], strict=True))
         else:
-            filled.setdefault("format", "awq" if method == "awq" else "gptq")
-            filled.setdefault("symmetric", method != "awq")
+            own = "awq" if method == "awq" else "gptq"
+            filled.setdefault("format", "compressed-tensors" if data.get("bits") == "auto" else own)
+            filled.setdefault("symmetric", method != "awq" or filled["format"] == "compressed-tensors")
         return filled
 
     @model_validator(mode="after")
@@ -111,22 +134,65 @@ class QuantizeRecipe(BaseRecipe):
             raise ValueError(
                 f"@format: {self.method} is written as {' or '.join(LAYOUTS)}, not {self.format!r}"
             )
-        bits, ordered = LAYOUTS[self.format]
-        others = [name for name, (held, _) in LAYOUTS.items() if self.bits in held]
-        if self.bits not in bits:
-            held = ", ".join(map(str, bits))
+        held = LAYOUTS[self.format]
+        if self.bits == "auto":
+            self._auto_has_a_target(held)
+        elif self.target_bits is not None:
+            raise ValueError(f"@target_bits: goes with bits: auto, not with bits: {self.bits}")
+        elif self.bits not in held.bits:
+            bits = self.bits
+            others = [name for name, other in LAYOUTS.items() if bits in other.bits]
             raise ValueError(
-                f"@bits: the {self.format} layout holds {held} bits only, not {self.bits}; "
-                f"for {self.bits} bits set format: {' or '.join(others)}"
+                f"@bits: the {self.format} layout holds {', '.join(map(str, held.bits))} bits only, not {bits}; "
+                f"for {bits} bits set format: {' or '.join(others)}"
             )
-        if self.act_order is True and not ordered:
+        if self.static_groups and self.act_order is not True:
             raise ValueError(
-                f"@act_order: the {self.format} layout cannot store a column order; set format: gptq"
+                "@static_groups: goes with act_order: true; without it groups are in place anyway"
+            )
+        gptq = "" if self.bits == "auto" else "format: gptq, or "
+        if self.act_order is True and not self.static_groups and not held.ordered:
+            raise ValueError(
+                f"@act_order: the {self.format} layout cannot store a column order; set {gptq}static_groups: true"
+            )
+        if not self.symmetric and not held.asymmetric:
+            raise ValueError(
+                f"@symmetric: the {self.format} layout is read with symmetric grids only; set {gptq}symmetric: true"
             )
         return self
 
+    def _auto_has_a_target(self, held: Layout) -> None:
+        if "target_bits" not in _KEYS[self.method]:
+            raise ValueError(
+                f"@bits: auto weighs the layers on calibration data, which {self.method} does without; "
+                f"{_users('target_bits')} have it"
+            )
+        if not held.mixed:
+            others = [name for name, other in LAYOUTS.items() if other.mixed]
+            raise ValueError(
+                f"@format: the {self.format} layout is read with one width for all layers; "
+                f"for bits: auto set format: {' or '.join(others)}"
+            )
+        if self.target_bits is None:
+            raise ValueError(
+                "@target_bits: missing; bits: auto needs an average width between 2 and 8, as 3.5"
+            )
+
     def unused(self) -> set[str]:
-        return _METHOD_KEYS - _KEYS[self.method]
+        # Keys younger than the first published results are left out at their defaults: their digests stay good.
+        silent = {"target_bits"} if self.target_bits is None else set()
+        silent |= set() if self.static_groups else {"static_groups"}
+        return (_METHOD_KEYS - _KEYS[self.method]) | silent
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Code widths that a layer may get: one, or with `bits: auto` all that the format holds."""
+        return LAYOUTS[self.format].bits if self.bits == "auto" else (self.bits,)
+
+    @property
+    def average_bits(self) -> float:
+        """Bits of a code, over all quantized weights."""
+        return float(self.bits) if self.bits != "auto" else self.target_bits or 0.0
 
     @property
     def needs_calibration(self) -> bool:
@@ -223,5 +289,9 @@ def _why_not(method: str, key: str) -> str:
         if method == "none":
             return "method none stores the model as it is"
         return f"{method} always has {key}: {value}; leave the key out"
-    users = ", ".join(name for name, keys in _KEYS.items() if key in keys)
-    return f"method {method} has no use for it (only {users})"
+    return f"method {method} has no use for it (only {_users(key)})"
+
+
+def _users(key: str) -> str:
+    """The methods that have a key."""
+    return ", ".join(name for name, keys in _KEYS.items() if key in keys)

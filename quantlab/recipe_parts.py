@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -37,7 +38,35 @@ class Calibration(Strict):
     seed: int = 0
 
 
-class PerplexityOptions(Strict):
+class KvCacheOptions(Strict):
+    """Keys and values stored as integers: `group_size` of them share a scale, and the newest tokens, up to `residual`,
+    wait as they are until there are enough to quantize together."""
+
+    bits: Literal[2, 4, 8]
+    group_size: Literal[16, 32, 64, 128] = 64
+    residual: Positive = 128
+
+    @model_validator(mode="after")
+    def _groups_fill_the_residual(self) -> KvCacheOptions:
+        if self.residual % self.group_size:
+            near = max(1, round(self.residual / self.group_size)) * self.group_size
+            raise ValueError(
+                f"@residual: {self.residual} tokens are not whole groups of {self.group_size}; nearest: {near}"
+            )
+        return self
+
+
+class CachedOptions(Strict):
+    """Options of a task that can run with a quantized cache; `TaskOptions.of` fills in which."""
+
+    _kv_cache: KvCacheOptions | None = PrivateAttr(default=None)
+
+    @property
+    def kv_cache(self) -> KvCacheOptions | None:
+        return self._kv_cache
+
+
+class PerplexityOptions(CachedOptions):
     source: str = "heldout.txt"
     seq_len: Annotated[int, Field(ge=8)] = 512
     max_tokens: Positive | None = None
@@ -46,7 +75,7 @@ class PerplexityOptions(Strict):
 _FIRST_TEXT2SQL_KEYS = ("data", "limit", "batch_size", "max_new_tokens", "stop")
 
 
-class Text2SqlOptions(Strict):
+class Text2SqlOptions(CachedOptions):
     data: str = "ko_text2sql/test.jsonl"
     limit: Positive | None = None
     batch_size: Positive = 16
@@ -79,13 +108,13 @@ class Text2SqlOptions(Strict):
         return {k: v for k, v in content.items() if k in _FIRST_TEXT2SQL_KEYS or v != defaults[k]}
 
 
-class FidelityOptions(Strict):
+class FidelityOptions(CachedOptions):
     source: str = "heldout.txt"
     seq_len: Annotated[int, Field(ge=8)] = 512
     max_tokens: Positive | None = 16384
 
 
-class SpeedOptions(Strict):
+class SpeedOptions(CachedOptions):
     prompt_tokens: Positive = 128
     new_tokens: Annotated[int, Field(ge=2)] = 32
     batch_size: Positive = 1
@@ -108,12 +137,20 @@ class TaskOptions(Strict):
     fidelity: FidelityOptions = FidelityOptions()
     speed: SpeedOptions = SpeedOptions()
     lm_eval: LmEvalOptions = LmEvalOptions()
+    kv_cache: KvCacheOptions | None = None  # not a task: how every task but lm-eval keeps keys and values
+
+    @model_serializer(mode="wrap")
+    def _without_silent_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key younger than the first published results is left out at its default: their digests stay good."""
+        content: dict[str, Any] = handler(self)
+        return {key: value for key, value in content.items() if key != "kv_cache" or value is not None}
 
     def of(self, task: str) -> BaseModel:
         """The options of one entry of `evaluate`."""
         if task.startswith("lm-eval:"):
             return self.lm_eval.model_copy(update={"task": task.partition(":")[2]})
-        options: BaseModel = getattr(self, task)
+        options: CachedOptions = getattr(self, task).model_copy()
+        options._kv_cache = self.kv_cache
         return options
 
 
@@ -138,6 +175,10 @@ class BaseRecipe(Strict):
             )
         if len(set(self.evaluate)) < len(self.evaluate):
             raise ValueError("@evaluate: a task is named twice")
+        if self.tasks.kv_cache and any(task.startswith("lm-eval:") for task in self.evaluate):
+            raise ValueError(
+                "@evaluate: lm-eval tasks run without tasks.kv_cache; measure them by another recipe"
+            )
         return self
 
     def digest(self) -> str:

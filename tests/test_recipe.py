@@ -57,7 +57,37 @@ def refusal(text: str, *overrides: str) -> str:
         ("kind: quantize\nmethod: bnb-nf4\nbits: 8\n", "r.yaml:3: bits: bnb-nf4 always has bits: 4"),
         ("kind: quantize\nmethod: awq\nbits: 3\n", "the awq layout holds 4 bits only, not 3; for 3 bits set format"),
         (GPTQ + "format: awq\nact_order: true\n", "the awq layout cannot store a column order; set format: gptq"),
-        (GPTQ + "format: bitsandbytes\n", "gptq is written as gptq or awq"),
+        (GPTQ + "format: bitsandbytes\n", "gptq is written as gptq or awq or compressed-tensors"),
+        (GPTQ + "bits: atuo\n", "r.yaml:3: bits: 'atuo' is not one of 2, 3, 4, 8, 16 or 'auto'; did you mean auto?"),
+        (GPTQ + "bits: auto\n", "target_bits: missing; bits: auto needs an average width between 2 and 8"),
+        (GPTQ + "target_bits: 3.5\n", "r.yaml:3: target_bits: goes with bits: auto, not with bits: 4"),
+        (GPTQ + "bits: auto\ntarget_bits: 1.9\n", "r.yaml:4: target_bits: expected greater than or equal to 2"),
+        (GPTQ + "bits: auto\ntarget_bits: .nan\n", "r.yaml:4: target_bits: expected"),
+        (GPTQ + "bits: auto\ntarget_bits: '3.5'\n", "r.yaml:4: target_bits: expected a number, found '3.5'"),
+        (GPTQ + "bits: auto\ntarget_bits: 3\nformat: gptq\n",
+         "r.yaml:5: format: the gptq layout is read with one width for all layers; for bits: auto set format: c"),
+        ("kind: quantize\nmethod: rtn\nbits: auto\n", "r.yaml:3: bits: auto weighs the layers on calibration data"),
+        ("kind: quantize\nmethod: rtn\ntarget_bits: 3\n", "method rtn has no use for it (only gptq, awq)"),
+        ("kind: quantize\nmethod: bnb-nf4\nbits: auto\n", "r.yaml:3: bits: bnb-nf4 always has bits: 4"),
+        ("kind: quantize\nmethod: fp8\nbits: 4\n", "r.yaml:3: bits: fp8 always has bits: 8; leave the key out"),
+        ("kind: quantize\nmethod: fp8\nformat: gptq\n", "fp8 always has format: compressed-tensors"),
+        ("kind: quantize\nmethod: fp8\ncalibration: {rows: 4}\n", "method fp8 has no use for it (only gptq, awq)"),
+        (GPTQ + "static_groups: true\n", "r.yaml:3: static_groups: goes with act_order: true"),
+        (GPTQ + "act_order: group\nstatic_groups: true\n", "r.yaml:4: static_groups: goes with act_order: true"),
+        ("kind: quantize\nmethod: awq\nstatic_groups: true\n", "method awq has no use for it (only gptq)"),
+        (GPTQ + "act_order: true\nformat: compressed-tensors\n",
+         "r.yaml:3: act_order: the compressed-tensors layout cannot store a column order; set format: gptq, or st"),
+        (GPTQ + "bits: auto\ntarget_bits: 3\nact_order: true\n",
+         "r.yaml:5: act_order: the compressed-tensors layout cannot store a column order; set static_groups: true"),
+        (GPTQ + "symmetric: false\nformat: compressed-tensors\n",
+         "r.yaml:3: symmetric: the compressed-tensors layout is read with symmetric grids only"),
+        (GPTQ + "format: compressed-tensor\n", "did you mean compressed-tensors?"),
+        (GPTQ + "tasks: {kv_cache: {bits: 3}}\n", "tasks.kv_cache.bits: 3 is not one of 2, 4 or 8"),
+        (GPTQ + "tasks: {kv_cache: {group_size: 64}}\n", "tasks.kv_cache.bits: missing"),
+        (GPTQ + "tasks: {kv_cache: {bits: 4, residul: 64}}\n", "residul: unknown key; did you mean 'residual'?"),
+        (GPTQ + "tasks: {kv_cache: {bits: 4, residual: 100}}\n",
+         "tasks.kv_cache.residual: 100 tokens are not whole groups of 64; nearest: 128"),
+        (GPTQ + "tasks: {kv_cache: {bits: 4}}\nevaluate: [speed, 'lm-eval:x']\n", "run without tasks.kv_cache"),
     ],
 )  # fmt: skip
 def test_refused_with_place_and_reason(text: str, expected: str) -> None:
@@ -77,6 +107,53 @@ def test_defaults_follow_the_method() -> None:
     assert (nf4.bits, nf4.group_size, nf4.format) == (4, 64, "bitsandbytes")
     assert parse("kind: quantize\nmethod: bnb-int8\n").bits == 8
     assert parse("kind: quantize\nmethod: awq\nbits: 3\nformat: gptq\n").bits == 3
+    fp8 = parse("kind: quantize\nmethod: fp8\n")
+    assert (fp8.bits, fp8.group_size, fp8.format) == (
+        8,
+        -1,
+        "compressed-tensors",
+    ) and not fp8.needs_calibration
+    assert parse("kind: quantize\nmethod: awq\nformat: compressed-tensors\n").symmetric
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_bits_auto(method: str) -> None:
+    found = parse(f"kind: quantize\nmethod: {method}\nbits: auto\ntarget_bits: 3\n")
+    assert (found.format, found.symmetric, found.widths) == ("compressed-tensors", True, (2, 3, 4, 8))
+    assert found.target_bits == found.average_bits == 3.0
+    assert (
+        found.digest()
+        == parse(found.to_yaml()).digest()
+        == parse(found.to_yaml(), "target_bits=3.0").digest()
+    )
+    assert found.digest() != parse(found.to_yaml(), "target_bits=3.5").digest()
+    plain = parse(GPTQ, "bits=auto", "target_bits=2.5")
+    assert plain.average_bits == 2.5
+    assert (parse(GPTQ).widths, parse(GPTQ).average_bits) == ((4,), 4.0)
+
+
+def test_static_groups_need_no_column_order() -> None:
+    for layout in ("gptq", "awq", "compressed-tensors"):
+        found = parse(GPTQ + f"act_order: true\nstatic_groups: true\nformat: {layout}\n")
+        assert found.static_groups and found.content()["static_groups"]
+    assert "static_groups" not in parse(GPTQ).content() and "target_bits" not in parse(GPTQ).content()
+
+
+def test_a_quantized_cache_reaches_the_tasks() -> None:
+    plain, cached = parse(GPTQ), parse(GPTQ, "tasks.kv_cache.bits=4")
+    assert (
+        "kv_cache" not in plain.content()["tasks"]
+        and plain.digest() == parse(GPTQ, "tasks.kv_cache=null").digest()
+    )
+    assert cached.content()["tasks"]["kv_cache"] == {"bits": 4, "group_size": 64, "residual": 128}
+    assert parse(cached.to_yaml()).digest() == cached.digest() != plain.digest()
+    for task in ("perplexity", "text2sql", "fidelity", "speed"):
+        options = cached.tasks.of(task)
+        assert options.kv_cache == cached.tasks.kv_cache and plain.tasks.of(task).kv_cache is None  # type: ignore[attr-defined]
+        assert options != plain.tasks.of(
+            task
+        )  # measured otherwise, so neither serves as the other's baseline
+        assert options.model_dump() == plain.tasks.of(task).model_dump()
 
 
 def test_overrides() -> None:
@@ -97,6 +174,9 @@ def test_usable_leaves_keys_to_the_methods_that_have_them() -> None:
     assert usable("calibration.rows=4", "gptq") and not usable("calibration.rows=4", "rtn")
     assert not usable("bits=3", "none") and usable("tasks.speed.repeats=1", "none")
     assert usable("no_such_key=1", "rtn")  # the schema says what is wrong with it
+    assert usable("target_bits=3", "awq") and not usable("target_bits=3", "fp8")
+    assert usable("static_groups=true", "gptq") and not usable("static_groups=true", "awq")
+    assert usable("tasks.kv_cache.bits=4", "fp8") and not usable("group_size=64", "fp8")
 
 
 def test_digest_names_the_content_and_nothing_else() -> None:
@@ -105,7 +185,7 @@ def test_digest_names_the_content_and_nothing_else() -> None:
     assert len(parse(GPTQ).digest()) == 16
 
 
-methods = st.sampled_from(["none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq"])
+methods = st.sampled_from(["none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq", "fp8"])
 
 
 @given(methods, st.sampled_from(["float32", "auto"]), st.integers(1, 1000))
@@ -140,4 +220,8 @@ def test_unreadable_recipe(tmp_path: Path) -> None:
 
 
 def test_json_schema_covers_both_kinds() -> None:
-    assert {"QuantizeRecipe", "EvaluateRecipe"} <= json_schema()["$defs"].keys()
+    schema = json_schema()["$defs"]
+    assert {"QuantizeRecipe", "EvaluateRecipe", "KvCacheOptions"} <= schema.keys()
+    assert schema["QuantizeRecipe"]["properties"]["bits"]["enum"] == [2, 3, 4, 8, 16, "auto"]
+    assert "kv_cache" in schema["TaskOptions"]["properties"]
+    assert "kv_cache" not in str(schema["SpeedOptions"])

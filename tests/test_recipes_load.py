@@ -14,7 +14,8 @@ from quantlab.sql.dataset import parse_hub
 
 ROOT = bundled("recipes")
 FILES = sorted(ROOT.rglob("*.y*ml"))
-METHODS = {"none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq"}
+METHODS = {"none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq", "fp8"}
+LAYOUTS = {"gptq", "awq", "compressed-tensors", "bitsandbytes", "none"}
 BOOK = sorted((ROOT / "book").glob("*.yaml"))
 
 
@@ -72,7 +73,26 @@ def test_is_headed_by_its_command_and_what_to_expect(path: Path) -> None:
 def test_every_method_has_a_recipe() -> None:
     recipes = [load_recipe(path) for path in FILES]
     assert {recipe.method for recipe in recipes if isinstance(recipe, QuantizeRecipe)} == METHODS
-    assert any(isinstance(recipe, QuantizeRecipe) and recipe.double_quant for recipe in recipes)
+    quantizing = [recipe for recipe in recipes if isinstance(recipe, QuantizeRecipe)]
+    assert {recipe.format for recipe in quantizing} == LAYOUTS
+    for key in ("double_quant", "static_groups", "target_bits"):
+        assert any(getattr(recipe, key) for recipe in quantizing), key
+
+
+# What the recipes of published results are named by: a change here is a break with every one of them.
+DIGESTS = {
+    "awq-int3": "409cb45f2db835b1", "awq-int4": "0f7b26d960c05845", "bnb-fp4": "4870e019aafb548d",
+    "bnb-int8": "24fede7af5e88bf7", "bnb-nf4": "3027311f9bcadbef", "bnb-nf4-dq": "d30a0cbbc639d3cf",
+    "gptq-int3": "e3d216434e447c32", "gptq-int4": "e7fabd368c9c68db", "gptq-int8": "48e8829c545dd338",
+    "none": "6aa107f0474beafb", "rtn-int3": "95f1331133516216", "rtn-int4": "cb4c26f1ef3cb692",
+    "rtn-int8": "aec7547c801c2a32", "heal-nf4": "4b868ef2e3f84831", "distill-ko-text2sql": "a5e6eaa67deaab03",
+    "book/lora-rank": "20a11ad151634045",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", DIGESTS)
+def test_digests_of_published_recipes_stay(stem: str) -> None:
+    assert load_recipe(bundled_recipes()[stem]).digest() == DIGESTS[stem]
 
 
 def test_the_book_has_four_tables() -> None:

@@ -2,7 +2,8 @@
 
 On the same windows of text both models give a distribution over the next token. Reported are the
 Kullback-Leibler divergence KL(original || model) in nats, mean and 99th percentile over positions, and how
-often the most likely token is the same. Unlike accuracy it needs no questions, and it sees every token.
+often the most likely token is the same. With `tasks.kv_cache` the changed model runs on a quantized cache, the original
+never does. Unlike accuracy it needs no questions, and it sees every token.
 Both models run on the same batch and the logits are thrown away at once: nothing grows with the length of
 the text but one float a token.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from quantlab.errors import DataError, RecipeError
+from quantlab.evals.kv_cache import Caches, logits_of
 from quantlab.evals.windows import batch_rows, load_windows
 from quantlab.models.load import Subject
 from quantlab.progress import Progress
@@ -33,11 +35,12 @@ def evaluate(
     windows = load_windows(subject, options.source, options.seq_len, options.max_tokens)
     check_same_tokens(subject, baseline, windows.ids[0])
     rows = batch_rows(subject.model, options.seq_len)
+    caches = Caches(subject.model, options.kv_cache)
     divergences, agreements = [], []
     with progress.task("fidelity", total=len(windows.ids)) as advance, torch.inference_mode():
         for batch in windows.ids.split(rows):
             divergence, agreement = compare_models(
-                baseline.model, subject.model, batch.to(baseline.device), batch.to(subject.device)
+                baseline.model, subject.model, batch.to(baseline.device), batch.to(subject.device), caches
             )
             divergences.append(divergence)
             agreements.append(agreement)
@@ -52,16 +55,25 @@ def evaluate(
             "top1_agreement": float(same.double().mean()),
             "tokens": len(kl),
         },
-        details={"baseline": baseline.name, "source": options.source, "seq_len": options.seq_len},
+        details={
+            "baseline": baseline.name,
+            "source": options.source,
+            "seq_len": options.seq_len,
+            **caches.details(),
+        },
     )
 
 
 def compare_models(
-    original: Any, changed: Any, original_ids: torch.Tensor, changed_ids: torch.Tensor
+    original: Any,
+    changed: Any,
+    original_ids: torch.Tensor,
+    changed_ids: torch.Tensor,
+    caches: Caches | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL and top-1 agreement at every scored position of one batch; float32 and bool [windows * (seq_len - 1)]."""
     left = original(input_ids=original_ids, use_cache=False).logits
-    right = changed(input_ids=changed_ids, use_cache=False).logits
+    right = logits_of(changed, changed_ids, caches or Caches(changed, None))
     if left.shape[-1] != right.shape[-1]:
         raise DataError(
             f"the models have {left.shape[-1]} and {right.shape[-1]} tokens in their vocabularies: nothing to compare"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from quantlab.evals.kv_cache import Caches
 from quantlab.progress import Advance
 from quantlab.sql.extract import rest_is_nothing, statement_end
 
@@ -42,9 +43,12 @@ def generate(
     max_new_tokens: int,
     device: str,
     stop_at_statement: bool = True,
+    caches: Caches | None = None,
     advance: Advance | None = None,
 ) -> list[Generation]:
-    """Answers in the order of `prompts`, the longest prompts run first."""
+    """Answers in the order of `prompts`, the longest prompts run first. `caches` makes those of the batches, where the
+    model's own will not do."""
+    caches = caches or Caches(model, None)
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
     results: dict[int, Generation] = {}
@@ -52,7 +56,8 @@ def generate(
         chosen = order[start : start + batch_size]
         rows = [encoded[index] for index in chosen]
         watch = _Watch(tokenizer, _end_ids(model, tokenizer), len(rows), stop_at_statement)
-        _run(model, tokenizer, rows, watch, max_new_tokens, device)
+        with caches.fresh() as cache:
+            _run(model, tokenizer, rows, watch, max_new_tokens, device, cache)
         for index, row in zip(chosen, watch.rows, strict=True):
             text = tokenizer.decode(row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             results[index] = Generation(text, len(row.tokens), row.ended, not row.done)
@@ -74,7 +79,13 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, tor
 
 @torch.inference_mode()
 def _run(
-    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], watch: _Watch, max_new_tokens: int, device: str
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    watch: _Watch,
+    max_new_tokens: int,
+    device: str,
+    cache: Any,
 ) -> None:
     ends = sorted(watch.end_ids)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
@@ -92,6 +103,7 @@ def _run(
             attention_mask=mask.to(device),
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([watch]),
+            **({"past_key_values": cache} if cache is not None else {}),
         )
 
 

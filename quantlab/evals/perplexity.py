@@ -6,6 +6,8 @@ tokens, so the mean over tokens is the mean over windows. `bits_per_byte` divide
 of text those tokens stand for. The standard error treats windows as independent (delta method for the
 perplexity).
 
+With a quantized cache (`tasks.kv_cache`) a window is fed step by step, see `kv_cache.py`.
+
 Not covered: sliding windows with overlap, whose numbers are lower and do not compare with these.
 """
 
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from quantlab.evals.kv_cache import Caches, logits_of
 from quantlab.evals.windows import PROTOCOL, batch_rows, load_windows
 from quantlab.models.load import Subject
 from quantlab.progress import Progress
@@ -32,10 +35,11 @@ def evaluate(
     """Metrics ppl, ppl_stderr, nll, bits_per_byte, tokens, bytes, protocol."""
     windows = load_windows(subject, options.source, options.seq_len, options.max_tokens)
     rows = batch_rows(subject.model, options.seq_len)
+    caches = Caches(subject.model, options.kv_cache)
     losses: list[float] = []
     with progress.task("perplexity", total=len(windows.ids)) as advance, torch.inference_mode():
         for batch in windows.ids.split(rows):
-            losses += window_nll(subject.model, batch.to(subject.device)).tolist()
+            losses += window_nll(subject.model, batch.to(subject.device), caches).tolist()
             advance(len(batch))
     nll, error = mean_and_error(losses, options.seq_len - 1)
     ppl = math.exp(nll) if nll < 700 else math.inf
@@ -58,13 +62,14 @@ def evaluate(
             "seq_len": options.seq_len,
             "windows": len(windows.ids),
             "unknown_tokens": windows.unknown_tokens,
+            **caches.details(),
         },
     )
 
 
-def window_nll(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def window_nll(model: Any, ids: torch.Tensor, caches: Caches | None = None) -> torch.Tensor:
     """Sum of -log p of tokens 1… of each window, in nats: float64 [windows] for `ids` [windows, seq_len]."""
-    logits = model(input_ids=ids, use_cache=False).logits  # [windows, seq_len, vocabulary]
+    logits = logits_of(model, ids, caches or Caches(model, None))  # [windows, seq_len, vocabulary]
     total = torch.zeros(len(ids), dtype=torch.float64)
     for start in range(0, ids.shape[1] - 1, POSITIONS_AT_ONCE):
         end = min(start + POSITIONS_AT_ONCE, ids.shape[1] - 1)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from quantlab.errors import RecipeError
+from quantlab.evals.kv_cache import Caches
 from quantlab.evals.windows import context_length
 from quantlab.models.load import Subject
 from quantlab.progress import Progress
@@ -40,10 +41,14 @@ def evaluate(
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (options.batch_size, options.prompt_tokens), generator=generator)
     memory = PeakMemory(subject.device)
+    caches = Caches(subject.model, options.kv_cache)
     prefills, decodes = [], []
     with progress.task("speed", total=options.repeats + 1) as advance, torch.inference_mode():
         for repeat in range(options.repeats + 1):
-            prefill, decode = time_once(subject.model, prompt.to(subject.device), options.new_tokens)
+            with caches.fresh() as cache:
+                prefill, decode = time_once(
+                    subject.model, prompt.to(subject.device), options.new_tokens, cache
+                )
             if repeat > 0:  # the first is the warm-up
                 prefills.append(options.batch_size * options.prompt_tokens / prefill)
                 decodes.append(options.batch_size * options.new_tokens / decode)
@@ -61,15 +66,17 @@ def evaluate(
             "memory": memory.what,
             "threads": torch.get_num_threads(),
             **options.model_dump(),
+            **caches.details(),
         },
     )
 
 
-def time_once(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds for the prompt [batch, tokens], and for `new_tokens` steps behind it."""
+def time_once(model: Any, prompt: torch.Tensor, new_tokens: int, cache: Any = None) -> tuple[float, float]:
+    """Seconds for the prompt [batch, tokens], and for `new_tokens` steps behind it. `cache`: an empty one to use
+    instead of the model's own."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     started = _clock(prompt)
-    output = model(input_ids=prompt, use_cache=True, **last)
+    output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **last)
     token = output.logits[:, -1:].argmax(dim=-1)
     prefilled = _clock(prompt)
     for _ in range(new_tokens):

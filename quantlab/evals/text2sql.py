@@ -48,7 +48,9 @@ def evaluate(
     items = load_items(options.data, options.limit)
     prompts = make_prompts(subject, items, options)
     from quantlab.evals.generation import generate
+    from quantlab.evals.kv_cache import Caches
 
+    caches = Caches(subject.model, options.kv_cache)
     with progress.task("text2sql", total=len(items)) as advance:
         generations = generate(
             subject.model,
@@ -58,6 +60,7 @@ def evaluate(
             max_new_tokens=options.max_new_tokens,
             device=subject.device,
             stop_at_statement=options.stop == "statement",
+            caches=caches,
             advance=advance,
         )
     samples = score(
@@ -76,7 +79,12 @@ def evaluate(
         "text2sql",
         {**summarize(samples), "data_digest": digest(items)},
         samples,
-        {"max_new_tokens": options.max_new_tokens, "stop": options.stop, **details(options, samples)},
+        {
+            "max_new_tokens": options.max_new_tokens,
+            "stop": options.stop,
+            **details(options, samples),
+            **caches.details(),
+        },
     )
 
 

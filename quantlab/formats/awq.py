@@ -13,7 +13,7 @@ Other widths are not part of the layout as readers know it, so they are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,14 @@ ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
 
 def pack(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_of: torch.Tensor, *, bits: int
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    group_of: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
 ) -> dict[str, torch.Tensor]:
     """The three tensors of one linear. ``codes`` [out, in], ``scales`` and ``zeros`` [out, G]; ``group_of`` must be
     in order, which is the only arrangement this layout knows."""
@@ -51,9 +58,20 @@ def unpack(
 
 
 def config(
-    *, bits: int, group_size: int, symmetric: bool, act_order: bool, damp: float, quantizer: str
+    layers: Mapping[str, tuple[int, int]],
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    act_order: bool,
+    static_groups: bool,
+    damp: float,
+    quantizer: str,
+    ignore: Sequence[str],
 ) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint in this layout."""
+    if any(found != (bits, group_size) for found in layers.values()):
+        raise ValueError("the awq layout knows one width and one group size")
     return {
         "quant_method": "awq",
         "version": "gemm",
@@ -61,7 +79,7 @@ def config(
         "bits": bits,
         "group_size": group_size,
         "zero_point": not symmetric,
-        "modules_to_not_convert": None,
+        "modules_to_not_convert": list(ignore) or None,
         "meta": {"quantizer": [quantizer]},
     }
 

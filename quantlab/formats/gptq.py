@@ -15,7 +15,7 @@ carry into its neighbour. Grids for this layout are therefore fitted with ``zero
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,14 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def pack(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_of: torch.Tensor, *, bits: int
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    group_of: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
 ) -> dict[str, torch.Tensor]:
     """The four tensors of one linear. ``codes`` [out, in], ``scales`` and ``zeros`` [out, G], ``group_of`` [in]."""
     return {
@@ -50,21 +57,59 @@ def unpack(
 
 
 def config(
-    *, bits: int, group_size: int, symmetric: bool, act_order: bool, damp: float, quantizer: str
+    layers: Mapping[str, tuple[int, int]],
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    act_order: bool,
+    static_groups: bool,
+    damp: float,
+    quantizer: str,
+    ignore: Sequence[str],
 ) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint in this layout. ``quantizer`` is ``name:version``."""
-    return {
+    """The ``quantization_config`` of a checkpoint in this layout. ``quantizer`` is ``name:version``.
+
+    ``desc_act`` tells readers whether groups are out of place, so it is false with static groups, however the columns
+    were visited.
+
+    Raises:
+        ValueError: the layers differ in width or group size. gptqmodel and vLLM know per-layer overrides (``dynamic``),
+            but transformers drops them, and a checkpoint has to load there.
+    """
+    if any(found != (bits, group_size) for found in layers.values()):
+        raise ValueError("transformers reads one width and group size from the gptq layout")
+    found = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
         "format": "gptq",
         "bits": bits,
         "group_size": group_size,
         "sym": symmetric,
-        "desc_act": act_order,
-        "static_groups": False,
+        "desc_act": act_order and not static_groups,
+        "static_groups": static_groups,
         "damp_percent": damp,
         "lm_head": False,
         "true_sequential": False,
         "pack_dtype": "int32",
         "meta": {"quantizer": [quantizer]},
     }
+    kept = kept_in_blocks(layers, ignore)
+    return found | ({"modules_in_block_to_quantize": [kept]} if kept else {})
+
+
+def kept_in_blocks(layers: Mapping[str, tuple[int, int]], ignore: Sequence[str]) -> list[str]:
+    """Names, relative to a block, of the quantized linears, if there are others beside them in the blocks (readers
+    take every linear of a block for quantized unless told); empty where there are none."""
+    inside = {name.split(_numbered(name), 1)[1] for name in layers if _numbered(name)}
+    others = {name.split(_numbered(name), 1)[1] for name in ignore if _numbered(name)}
+    if inside & others:
+        raise ValueError(
+            f"the gptq layout leaves out a linear in every block or in none: {min(inside & others)}"
+        )
+    return sorted(inside) if others else []
+
+
+def _numbered(name: str) -> str:
+    """The block's number in a module name with its dots (``.3.``), empty outside the blocks."""
+    return next((f".{part}." for part in name.split(".")[:-1] if part.isdecimal()), "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+from quantlab.recipe import LAYOUTS
+
+BITS = {name: held.bits for name, held in LAYOUTS.items()}
 GROUP_SIZES = (16, 32, 64, 128)
 
 
@@ -16,6 +18,8 @@ def refuse(layout: str, bits: int, group_size: int, in_features: int, out_featur
             f"its {in_features} inputs are not divisible by group_size {group_size}; "
             f"group sizes that work for it: {', '.join(fitting)}"
         )
+    if layout == "compressed-tensors":  # says how long a row is, so its last word may be half empty
+        return None
     step = 8 if layout == "awq" else 32 if bits == 3 else 32 // bits  # codes that fill whole packed words
     if out_features % step:
         return (
@@ -26,6 +30,13 @@ def refuse(layout: str, bits: int, group_size: int, in_features: int, out_featur
     return None
 
 
-def common_group_sizes(widths: set[int]) -> list[int]:
+def widths(layout: str, group_size: int, in_features: int, out_features: int) -> tuple[int, ...]:
+    """The widths at which ``layout`` can hold a linear of this shape; empty where none fits."""
+    return tuple(
+        bits for bits in BITS[layout] if refuse(layout, bits, group_size, in_features, out_features) is None
+    )
+
+
+def common_group_sizes(inputs: set[int]) -> list[int]:
     """Group sizes that divide every one of these input widths."""
-    return [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+    return [size for size in GROUP_SIZES if all(width % size == 0 for width in inputs)]
