@@ -23,6 +23,14 @@ app = typer.Typer(
 Json = Annotated[
     bool, typer.Option("--json", help="One machine-readable summary on stdout, all else on stderr.")
 ]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="SIZE",
+        help="Stay near SIZE of memory above an idle process (600M, 8G): hidden states go to the disk.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Results = Annotated[Path, typer.Option("--results", help="Where runs and the leaderboard are kept.")]
 Sets = Annotated[
@@ -89,6 +97,20 @@ def quantize(
     overrides: Sets = None,
     device: Device = "auto",
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Write the checkpoint; no run, no row.")] = False,
+    memory_limit: MemoryLimit = None,
+    save_statistics: Annotated[
+        Path | None,
+        typer.Option("--save-statistics", metavar="DIR", help="Keep what the calibration pass gathers."),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            "--statistics", metavar="DIR", help="Solve from kept statistics, without a forward pass."
+        ),
+    ] = None,
+    no_proof: Annotated[
+        bool, typer.Option("--no-proof", help="Do not reload the checkpoint in a fresh process at the end.")
+    ] = False,
     resume: Resume = False,
     dry_run: DryRun = False,
     trust_remote_code: Trust = False,
@@ -100,10 +122,15 @@ def quantize(
 
     with guarded(debug=debug, as_json=as_json):
         from quantlab.commands.quantize import Options, run
+        from quantlab.commands.sizes import size_of
 
         run(
             recipes,
             Options(
+                memory_limit=size_of(memory_limit, "--memory-limit"),
+                save_statistics=save_statistics,
+                statistics=statistics,
+                prove=not no_proof,
                 model=model,
                 out=out,
                 results=results,
@@ -116,6 +143,31 @@ def quantize(
             ),
             as_json=as_json,
         )
+
+
+@app.command()
+def plan(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Recipe files, or bundled names.")
+    ],
+    model: Annotated[str, typer.Option("--model", help="Hugging Face id, directory, or embedded:base.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where the checkpoints would go.")] = None,
+    memory_limit: MemoryLimit = None,
+    overrides: Sets = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what quantizing will take before anything starts: size, disk, memory, time."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.plan import Options, run
+        from quantlab.commands.sizes import size_of
+
+        limit = size_of(memory_limit, "--memory-limit")
+        options = Options(model, out, tuple(overrides or ()), device, limit)
+        run(recipes, options, as_json=as_json)
 
 
 @app.command()

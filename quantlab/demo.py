@@ -88,7 +88,12 @@ def run(out: Path, *, as_json: bool = False) -> None:
         summary = quantize_and_measure(
             recipes,
             Options(
-                model=str(out / "student"), out=out / "checkpoints", results=out, device="cpu", resume=True
+                model=str(out / "student"),
+                out=out / "checkpoints",
+                results=out,
+                device="cpu",
+                resume=True,
+                prove=False,  # every checkpoint is reloaded and measured here anyway
             ),
             progress,
         )

@@ -127,6 +127,7 @@ def environment() -> dict[str, Any]:
         "torch",
         "transformers",
         "gptqmodel",
+        "compressed-tensors",
         "bitsandbytes",
         "peft",
         "trl",

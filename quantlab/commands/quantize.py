@@ -32,7 +32,7 @@ from quantlab.evals import NEEDS_BASELINE
 from quantlab.models.files import ModelFiles, open_files
 from quantlab.paths import slug
 from quantlab.progress import Progress, default_progress
-from quantlab.quant.pipeline import Job, Outcome, check, quantize
+from quantlab.quant.pipeline import Job, Outcome, Settings, check, quantize
 from quantlab.recipe import QuantizeRecipe, Recipe, find_recipe, load_recipe, usable
 from quantlab.report.model_card import write_model_card
 from quantlab.results import Run, rebuild_leaderboard
@@ -51,6 +51,10 @@ class Options:
     resume: bool = False
     dry_run: bool = False
     trust_remote_code: bool = False
+    memory_limit: int | None = None  # bytes
+    save_statistics: Path | None = None
+    statistics: Path | None = None
+    prove: bool = True
 
 
 @dataclass
@@ -162,7 +166,7 @@ def plan_items(
     for number, (name, recipe) in enumerate(recipes):
         if any(recipe.digest() == earlier.digest() for _, earlier in recipes[:number]):
             raise RecipeError(f"{name}: this recipe is given twice")
-        label = Path(name).stem
+        label = find_recipe(name).stem if Path(name).suffix != ".yaml" else Path(name).stem
         if options.overrides or label in labels:
             label = f"{label}-{recipe.digest()[:6]}"
         labels.add(label)
@@ -185,7 +189,7 @@ def _item(label: str, recipe: QuantizeRecipe, options: Options, files: ModelFile
             stage="quantized",
             parent=options.model,
             method=recipe.method,
-            bits=recipe.bits,
+            bits=recipe.target_bits or recipe.bits,
             group_size=recipe.group_size,
             format=recipe.format,
         )
@@ -245,10 +249,16 @@ def _solve(items: Sequence[Item], options: Options, progress: Progress) -> None:
         outcomes = quantize(
             jobs,
             options.model,
-            device=options.device,
             progress=progress,
-            resume=options.resume,
-            trust_remote_code=options.trust_remote_code,
+            settings=Settings(
+                device=options.device,
+                resume=options.resume,
+                trust_remote_code=options.trust_remote_code,
+                memory_limit=options.memory_limit,
+                save_statistics=options.save_statistics,
+                statistics=options.statistics,
+                prove=options.prove,
+            ),
         )
     for item, outcome in zip(todo, outcomes, strict=True):
         item.outcome = outcome

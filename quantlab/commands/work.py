@@ -156,8 +156,8 @@ def stored_as(files: ModelFiles) -> dict[str, Any]:
     else:
         found = {
             "method": recipe.get("method", kind),
-            "bits": config.get("bits"),
-            "group_size": config.get("group_size"),
+            "bits": config.get("bits", recipe.get("target_bits") or recipe.get("bits")),
+            "group_size": config.get("group_size", recipe.get("group_size")),
         }
     return {"stage": "quantized", "format": kind, **found}
 

@@ -3,7 +3,7 @@ transformers (``bnb.py``). A method is one file and one line here.
 
 A method is a function on one decoder block::
 
-    def quantize_block(block: BlockView, grid: Grid, **options) -> BlockResult
+    def quantize_block(block: BlockView, grids: Sequence[Grid], **options) -> list[BlockResult]   # one a grid
 
 with the options of its own recipe keys as plain arguments.
 """
@@ -17,10 +17,14 @@ METHODS: dict[str, str] = {
     "rtn": "quantlab.quant.rtn:quantize_block",
     "gptq": "quantlab.quant.gptq:quantize_block",
     "awq": "quantlab.quant.awq_block:quantize_block",
+    "fp8": "quantlab.quant.fp8:quantize_block",
 }
 
 # Methods that look at calibration data; the others are solved from the weights alone.
 CALIBRATED = ("gptq", "awq")
+
+# Methods that move scales from a layer into what comes before it, and have to know what may be moved.
+FOLDING = ("awq",)
 
 
 def method(name: str) -> Any:

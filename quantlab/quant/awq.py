@@ -7,37 +7,45 @@ activation) over alpha in [0, 1]; the authors' code divides by the weights' own 
 families are tried here. The clip search of the authors' code (shrinking a group's range) follows.
 
 The loss of a candidate is its exact mean squared output error over the calibration tokens, written with the
-second moments: ``tr((W - W') H (W - W')^T)``, so no candidate runs the model again. A candidate that makes any of
-the layers sharing the scale worse than plain rounding is dropped; ``s = 1`` is always among the candidates, so
+second moments: ``tr((W - W') H (W - W')^T)``, so no candidate runs the model again. Candidates are ranked on a sample
+of the rows (``SCREENED`` of each layer: rows are independent, and a scale is judged by their sum); the best are then
+measured on all. A candidate that makes any of the layers sharing the scale worse than plain rounding is dropped, so
 the result is never worse than round-to-nearest for any layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from quantlab.quant.grid import Grid, Quantized, layer_loss, round_to_grid
+from quantlab.quant.grid import Grid, Quantized, fit, fit_range, nearest_values, round_to_grid
+
+SCREENED = 128  # rows of each layer that candidates are ranked on
+TRIED = 5  # of the best candidates measured on all rows: where so many fail there is little to gain
+CHUNK = 1 << 17  # weights worked on at once where every step is an elementwise pass: they stay in the cache
 
 
 def search_scales(
     weights: Sequence[torch.Tensor],
-    hessian: torch.Tensor,
+    hessians: Sequence[torch.Tensor],
     magnitude: torch.Tensor,
     grid: Grid,
     *,
     steps: int = 20,
     tie: torch.Tensor | None = None,
-    realize: Realize | None = None,
+    realize: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    plain: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """The scale per input channel, float32 [in], for layers that share one input.
+    """The scale per input channel, float32 [in], for layers whose inputs must share one.
 
     Args:
         weights: matrices [out_i, in], float32.
-        hessian: second moments of the shared input [in, in].
+        hessians: second moments of each one's input [in, in] (the same for all that share an input; those of the
+            tokens routed to it for an expert).
         magnitude: mean absolute activation per channel [in].
-        steps: how many alphas between 0 and 1.
+        steps: how many alphas between 0 and 1. Every second one is tried, then the neighbours of the best.
+        plain: the loss of each matrix when it is rounded as it is, where that is known.
         tie: int64 [in], channels with the same number must share a scale (grouped-query attention);
             None leaves every channel free.
         realize: maps a wished scale to the one that the preceding operation can undo exactly in its
@@ -47,26 +55,67 @@ def search_scales(
         All ones where no candidate beats plain rounding.
     """
     ones = torch.ones_like(magnitude)
+    sample = [w[:: -(-len(w) // SCREENED)] for w in weights]
     # Errors of different layers are weighed by the energy of their outputs, so that none drowns the others.
-    energy = [layer_loss(w, torch.zeros_like(w), hessian).clamp(min=1e-20) for w in weights]
-    plain = [layer_loss(w, round_to_grid(w, grid).dequantize(), hessian) for w in weights]
-    best, best_loss = ones, sum((p / e).item() for p, e in zip(plain, energy, strict=True))
-    for candidate in candidates(weights, magnitude, steps):
-        scale = candidate if tie is None else _average_tied(candidate, tie)
+    energy = [max(((w @ h) * w).sum().item(), 1e-20) for w, h in zip(sample, hessians, strict=True)]
+
+    def judged(scale: torch.Tensor) -> float:
+        losses = [row_loss(w, scale, h, grid).sum().item() for w, h in zip(sample, hessians, strict=True)]
+        return sum(loss / e for loss, e in zip(losses, energy, strict=True))
+
+    unscaled = judged(ones)
+    ranked: list[tuple[float, int, torch.Tensor]] = []
+    family = Candidates(weights, magnitude, steps)
+    tried: dict[tuple[int, int], float] = {}
+
+    def attempt(kind: int, step: int) -> None:
+        if (kind, step) in tried or not 1 <= step <= steps:
+            return
+        scale = family.scale(kind, step)
+        if tie is not None:
+            scale = _average_tied(scale, tie)
         scale = scale / (scale.max() * scale.min()).sqrt()
         if realize is not None:
             scale = realize(scale)
-        if not torch.isfinite(scale).all() or (scale <= 0).any():
-            continue
-        losses = [
-            layer_loss(w, round_to_grid(w * scale, grid).dequantize() / scale, hessian) for w in weights
-        ]
-        if any(bool(loss > p) for loss, p in zip(losses, plain, strict=True)):
-            continue
-        total = sum((loss / e).item() for loss, e in zip(losses, energy, strict=True))
-        if total < best_loss:
-            best, best_loss = scale, total
-    return best
+        sound = bool(torch.isfinite(scale).all() and (scale > 0).all())
+        tried[kind, step] = judged(scale) if sound else float("inf")
+        if tried[kind, step] < unscaled:
+            ranked.append((tried[kind, step], len(ranked), scale))
+
+    for kind in range(family.kinds):
+        for step in range(2 if steps > 2 else 1, steps + 1, 2):
+            attempt(kind, step)
+    kind, step = min(tried, key=lambda at: tried[at])
+    attempt(kind, step - 1)
+    attempt(kind, step + 1)
+    if plain is None and ranked:
+        plain = [row_loss(w, ones, h, grid).sum().item() for w, h in zip(weights, hessians, strict=True)]
+    for _, _, scale in sorted(ranked, key=lambda entry: entry[:2])[:TRIED]:
+        scaled = [row_loss(w, scale, h, grid).sum().item() for w, h in zip(weights, hessians, strict=True)]
+        if all(a <= b for a, b in zip(scaled, plain or (), strict=True)):
+            return scale
+    return ones
+
+
+def row_loss(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: Grid,
+    shrink: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Squared output error a token of every row [out] when ``weight * scale`` [out, in] is rounded and divided by
+    ``scale`` [in] again; ``shrink`` [out, groups] narrows the groups' ranges."""
+    rows, columns = weight.shape
+    width = grid.columns(columns)
+    losses = []
+    for start in range(0, rows, max(1, 8 * CHUNK // columns)):
+        part = slice(start, start + max(1, 8 * CHUNK // columns))
+        scaled = (weight[part] * scale).view(-1, columns // width, width)
+        ranges = fit(scaled, grid, 1.0 if shrink is None else shrink[part])
+        error = nearest_values(scaled, *ranges, grid).sub_(scaled).view(-1, columns).div_(scale)
+        losses.append((error @ hessian).mul_(error).sum(dim=1))
+    return torch.cat(losses)
 
 
 class Realize:
@@ -86,17 +135,26 @@ class Realize:
         return torch.where(before == 0, scale, before / after)
 
 
-def candidates(
-    weights: Sequence[torch.Tensor], magnitude: torch.Tensor, steps: int
-) -> Iterator[torch.Tensor]:
+class Candidates:
     """Scales [in] worth trying: a^alpha, and a^alpha / w^(1 - alpha) with w the weights' mean share of their row."""
-    a = magnitude.clamp(min=1e-8)
-    stacked = torch.cat([w.abs() for w in weights])  # [sum out, in]
-    w = (stacked / stacked.amax(dim=1, keepdim=True).clamp(min=1e-8)).mean(dim=0).clamp(min=1e-8)
-    for step in range(1, steps + 1):
-        alpha = step / steps
-        yield a.pow(alpha).clamp(min=1e-4)
-        yield (a.pow(alpha) / w.pow(1 - alpha)).clamp(min=1e-4)
+
+    kinds = 2
+
+    def __init__(self, weights: Sequence[torch.Tensor], magnitude: torch.Tensor, steps: int) -> None:
+        self.steps = steps
+        self.activation = magnitude.clamp(min=1e-8)
+        shares, rows = torch.zeros_like(magnitude), 0
+        for w in weights:
+            size = w.abs()
+            shares += (size / size.amax(dim=1, keepdim=True).clamp(min=1e-8)).sum(dim=0)
+            rows += len(w)
+        self.share = (shares / rows).clamp(min=1e-8)
+
+    def scale(self, kind: int, step: int) -> torch.Tensor:
+        """Of the first or second kind, with alpha = step / steps."""
+        alpha = step / self.steps
+        scale = self.activation.pow(alpha)
+        return (scale if kind == 0 else scale / self.share.pow(1 - alpha)).clamp(min=1e-4)
 
 
 def _average_tied(scale: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
@@ -109,8 +167,9 @@ def _average_tied(scale: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
 
 def search_clip(
     weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, steps: int = 10, smallest: float = 0.5
-) -> torch.Tensor:
-    """How far to shrink each group's range, float32 [out, groups], 1 where clipping does not pay.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far to shrink each group's range, float32 [out, groups], 1 where clipping does not pay; and the squared
+    output error a token of every row [out] with that.
 
     A group is judged by the diagonal block of H that belongs to its columns, so groups are independent; the
     whole matrix is checked afterwards with the full H, row by row, and a row that got worse keeps its full range.
@@ -118,36 +177,51 @@ def search_clip(
     Args:
         weight: [out, in] float32, already scaled. hessian: in the coordinates of ``weight`` [in, in].
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     width = grid.columns(columns)
     count = columns // width
-    blocks = torch.stack(
+    blocks = torch.stack(  # [groups, group_size, group_size]
         [hessian[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in range(count)]
     )
-    best = torch.ones(rows, count, device=weight.device)
-    best_loss = torch.full((rows, count), float("inf"), device=weight.device)
+    chunk = max(1, CHUNK // columns)
+    best = torch.cat([_clip_rows(part, blocks, grid, steps, smallest) for part in weight.split(chunk)])
+    ones = torch.ones(columns, device=weight.device)
+    full, clipped = (row_loss(weight, ones, hessian, grid, by) for by in (None, best))
+    return torch.where((clipped < full)[:, None], best, torch.ones_like(best)), torch.minimum(full, clipped)
+
+
+def _clip_rows(
+    weight: torch.Tensor, blocks: torch.Tensor, grid: Grid, steps: int, smallest: float
+) -> torch.Tensor:
+    """The best shrink of each group of some rows [rows, groups], judged by ``blocks`` [groups, size, size]."""
+    count, width, _ = blocks.shape
+    groups = weight.view(-1, count, width)  # [rows, groups, group_size]
+    low, high = torch.aminmax(groups, dim=-1)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    best = torch.ones_like(low)
+    best_loss = torch.full_like(low, float("inf"))
     for step in range(steps + 1):
         shrink = 1.0 - step * (1.0 - smallest) / steps
-        error = (weight - round_to_grid(weight, grid, shrink).dequantize()).reshape(rows, count, width)
-        loss = (torch.einsum("rgi,gij->rgj", error, blocks) * error).sum(dim=-1)  # [out, groups]
+        error = nearest_values(groups, *fit_range(low * shrink, high * shrink, grid), grid).sub_(groups)
+        by_group = error.transpose(0, 1).contiguous()  # [groups, rows, group_size]
+        loss = torch.bmm(by_group, blocks).mul_(by_group).sum(dim=-1).t()  # [rows, groups]
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
-        best = torch.where(better, torch.full_like(best, shrink), best)
-    full = _row_loss(weight, round_to_grid(weight, grid).dequantize(), hessian)
-    clipped = _row_loss(weight, round_to_grid(weight, grid, best).dequantize(), hessian)
-    return torch.where((clipped < full)[:, None], best, torch.ones_like(best))
+        best = torch.where(better, shrink, best)
+    return best
 
 
 def solve_awq(
     weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, grid: Grid, *, clip: bool
-) -> Quantized:
-    """Round ``weight * scale`` [out, in] on grids clipped for ``hessian`` (given in unscaled coordinates)."""
+) -> tuple[Quantized, torch.Tensor]:
+    """Round ``weight * scale`` [out, in] on grids clipped for ``hessian`` (given in unscaled coordinates).
+
+    Returns:
+        The result, and the squared output error a token of every row [out].
+    """
     scaled = weight.to(torch.float32) * scale
-    if not clip:
-        return round_to_grid(scaled, grid)
-    return round_to_grid(scaled, grid, search_clip(scaled, hessian / torch.outer(scale, scale), grid))
-
-
-def _row_loss(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    error = weight - approximation
-    return ((error @ hessian) * error).sum(dim=1)
+    h = hessian / torch.outer(scale, scale)
+    if clip:
+        shrink, loss = search_clip(scaled, h, grid)
+        return round_to_grid(scaled, grid, shrink), loss
+    return round_to_grid(scaled, grid), row_loss(scaled, torch.ones_like(scale), h, grid)

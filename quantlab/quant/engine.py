@@ -3,35 +3,48 @@
 For each block: load it, run the calibration rows through it while second moments are gathered, solve every plan from
 them, write what was solved, go on. Plans that propagate ``original`` outputs share one stream of activations, hence
 one forward pass a block; a plan that propagates its own ``quantized`` outputs has its own stream, as in the GPTQ paper.
-Memory: one block, its statistics, and one set of hidden states a stream.
+Plans of one method that differ in their grids alone are handed to it together. Statistics of the original stream can be
+kept, and a later walk solved from them without any forward pass.
+
+Memory: one block, its statistics, and the activations of each stream, which may lie in files instead.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from quantlab.formats import layout
+from quantlab.models.activations import Activations
 from quantlab.models.blocks import Call, Opened, batches, linears, run_block
+from quantlab.models.memory import map_large, trim
+from quantlab.models.scaled import scaled_activations
+from quantlab.models.structure import PROBE_ROWS, PROBE_TOKENS
 from quantlab.progress import Progress
-from quantlab.quant import CALIBRATED, method
+from quantlab.quant import CALIBRATED, FOLDING, method
 from quantlab.quant.checkpoint import CheckpointWriter
 from quantlab.quant.grid import Grid, Quantized
-from quantlab.quant.statistics import Collector
-from quantlab.quant.view import BlockResult, BlockView, NormInput
+from quantlab.quant.intended import Probe
+from quantlab.quant.observe import Structures, stored_buffers, view, weights_in_place
+from quantlab.quant.statistics import Collector, Moments
+from quantlab.quant.statistics_store import StatisticsStore
+from quantlab.quant.view import BlockResult
 
-ROWS_AT_ONCE = 8  # calibration rows in one forward of a block
+ROWS_EMBEDDED = 32  # calibration rows looked up in the embedding at once
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # calibration tokens in one forward of a block
 
 
 @dataclass
 class Plan:
     """One recipe as the engine needs it. ``options`` go to the method as keyword arguments; ``seconds`` counts the
-    time spent solving this plan alone, packing and writing included."""
+    time spent on this plan alone, packing and writing included. ``probe`` [rows, tokens, hidden] are some hidden states
+    that are sent through the quantized blocks, so that the finished checkpoint can be held against them."""
 
     name: str
     method: str
@@ -41,177 +54,270 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     propagate: Literal["original", "quantized"] = "original"
     seconds: float = 0.0
+    probe: torch.Tensor | None = None
 
 
 @dataclass
 class Stream:
-    """Activations [rows, seq_len, hidden] on their way through the model, and the plans that look at them."""
+    """Activations on their way through the model, and the plans that look at them."""
 
-    hidden: torch.Tensor
+    states: Activations | None  # None where no plan looks at data
     plans: list[Plan]
     quantized: bool
 
 
-def streams_of(plans: Sequence[Plan], hidden: torch.Tensor) -> list[Stream]:
-    """Plans that share activations, together."""
-    shared = [p for p in plans if p.propagate == "original"]
-    own = [p for p in plans if p.propagate == "quantized"]
-    found = [Stream(hidden, shared, False)] if shared else []
-    return found + [Stream(hidden.clone(), [p], True) for p in own]
+@dataclass
+class Walk:
+    """What a walk through the model has besides its plans.
+
+    calls: how each block is called for calibration rows. probe: what moves the plans' probes on. keep: where to put the
+    statistics. reuse: statistics to solve from, without a forward pass. tight: give memory back to the system after
+    every block, and run one row at a time. unreached: layers that saw no token (experts), filled in on the way.
+    """
+
+    streams: list[Stream]
+    calls: list[Call]
+    structures: Structures | None = None
+    probe: Probe | None = None
+    keep: StatisticsStore | None = None
+    reuse: StatisticsStore | None = None
+    tight: bool = False
+    unreached: list[str] = field(default_factory=list)
 
 
-@torch.no_grad()
-def quantize_blocks(
-    opened: Opened, rows: torch.Tensor | None, plans: Sequence[Plan], progress: Progress
-) -> None:
-    """Solve every plan for every block and hand the tensors to the plans' writers.
+def open_walk(
+    opened: Opened,
+    rows: torch.Tensor | None,
+    plans: Sequence[Plan],
+    *,
+    spill: Path | None = None,
+    key: Mapping[str, str] | None = None,
+    probe: Probe | None = None,
+    keep: StatisticsStore | None = None,
+    reuse: StatisticsStore | None = None,
+) -> Walk:
+    """Run everything before the first block, for every stream that the plans need.
 
     Args:
         rows: calibration token ids int64 [rows, seq_len]; None when no plan looks at data.
+        spill: folder for activations that are to lie in files, for the stream that plans share. A stream of a plan's
+            own lies in the folder of its checkpoint. None keeps all in memory.
+        key: what an interrupted walk must have had in common for its activations to be gone on with.
+        probe, keep, reuse: as in :class:`Walk`.
+    """
+    walk = Walk([], [], probe=probe, keep=keep, reuse=reuse, tight=spill is not None)
+    if walk.tight:
+        map_large()
+    if probe is not None:
+        for plan in plans:
+            plan.probe = probe.start()
+    if any(plan.method in FOLDING for plan in plans):
+        corner = rows if rows is not None else torch.arange(PROBE_ROWS * PROBE_TOKENS).view(PROBE_ROWS, -1)
+        walk.structures = Structures(*opened.inputs(corner[:PROBE_ROWS, :PROBE_TOKENS]))
+    shared = [p for p in plans if p.propagate == "original"]
+    wanted = [(shared, False, spill)] if shared else []
+    for plan in plans:
+        if plan.propagate == "quantized":
+            wanted.append(([plan], True, plan.writer.scratch / "activations" if spill else None))
+    if rows is None or (reuse is not None and len(wanted) == 1 and shared):
+        walk.streams = [Stream(None, list(plans), False)]
+        return walk
+    fresh: list[Activations] = []
+    hidden, walk.calls = opened.inputs(rows[:2])
+    for members, quantized, folder in wanted:
+        states = Activations.resume(folder, key or {}, device=opened.device) if folder else None
+        if states is None:
+            shape = (*rows.shape, hidden.shape[-1])
+            states = Activations.make(shape, hidden.dtype, spill=folder, device=opened.device, key=key)
+            fresh.append(states)
+        walk.streams.append(Stream(states, members, quantized))
+    for part in batches(len(rows), ROWS_EMBEDDED) if fresh else ():
+        hidden = opened.inputs(rows[part])[0]
+        for states in fresh:
+            states.write(part, hidden)
+    del hidden
+    for states in fresh:
+        states.commit()  # step 1: before block 0
+    return walk
+
+
+@torch.no_grad()
+def quantize_blocks(opened: Opened, walk: Walk, progress: Progress) -> None:
+    """Solve every plan for every block and hand the tensors to the plans' writers.
 
     Blocks that a plan's writer already holds are not solved again, only passed through.
     """
-    streams: list[Stream] = []
-    calls: list[Call] = []
-    if rows is not None:
-        hidden, calls = opened.inputs(rows)
-        streams = streams_of(plans, hidden)
     total = len(opened.blocks)
     with progress.task(f"quantizing {total} blocks", total=total) as advance:
         for index in range(total):
-            block = opened.block(index)
-            last = index == total - 1
-            if not streams:
-                for plan in plans:
-                    _solve(plan, index, block, view(block, None, opened))
-            for stream in streams:
-                _step(stream, index, block, calls[index], opened, last)
-            opened.empty(block)
+            if any(_needed(walk, stream, index, index == total - 1) for stream in walk.streams):
+                block = opened.block(index)
+                for stream in walk.streams:
+                    if _needed(walk, stream, index, index == total - 1):
+                        _Step(opened, walk, index, block).run(stream, last=index == total - 1)
+                opened.empty(block)
+                trim()
+            else:
+                for plan in (p for stream in walk.streams for p in stream.plans if p.probe is not None):
+                    plan.probe = plan.writer.kept(index)["probe"].to(opened.device)
             advance(1)
+    for stream in walk.streams:
+        if stream.states is not None:
+            stream.states.remove()
 
 
-def _step(stream: Stream, index: int, block: nn.Module, call: Call, opened: Opened, last: bool) -> None:
+def _needed(walk: Walk, stream: Stream, index: int, last: bool) -> bool:
+    """Whether a stream has anything to do with a block: plans to solve, states or probes to move on."""
+    if any(not p.writer.has_block(index) for p in stream.plans):
+        return True
+    return stream.states is not None and not last and stream.states.step <= index + 1
+
+
+@dataclass
+class _Step:
     """One block for one stream: gather, solve, and move the activations on."""
-    pending = [p for p in stream.plans if not p.writer.has_block(index)]
-    if not pending and last:
-        return
-    collector = Collector(linears(block) if pending else {}, norms(block))
-    if pending or not stream.quantized:
+
+    opened: Opened
+    walk: Walk
+    index: int
+    block: nn.Module
+
+    def run(self, stream: Stream, *, last: bool) -> None:
+        states, pending = stream.states, [p for p in stream.plans if not p.writer.has_block(self.index)]
+        behind = (
+            states is not None and states.step <= self.index + 1
+        )  # these states are still before this block
+        moments = self._moments(stream, pending, behind, last)
+        follow = states if stream.quantized and behind and not last else None
+        for plan in stream.plans:
+            if plan not in pending:
+                self._carry(plan, None, follow)
+        for plan, result in self._solved(pending, moments):
+            started = time.perf_counter()
+            self._carry(plan, result, follow)
+            self._write(plan, result)
+            del result
+            trim()  # or the peaks of what comes next add up to those of what was before
+            plan.seconds += time.perf_counter() - started
+        if states is not None and behind and not last:
+            states.commit()
+
+    def _moments(self, stream: Stream, pending: list[Plan], behind: bool, last: bool) -> list[Moments]:
+        """Statistics for the plans that are to be solved; states of the original model move on in the same pass."""
+        store = self.walk.reuse
+        if store is not None and not stream.quantized:
+            return store.load(self.index, self.opened.device) if pending else []
+        states = stream.states
+        if states is None or not behind:
+            if pending and states is not None:
+                raise RuntimeError(f"block {self.index} was lost after the states behind it were kept")
+            return []
+        if not pending and (stream.quantized or last):
+            return []
+        collector = Collector(linears(self.block) if pending else {})
         with collector:
-            for part in batches(len(stream.hidden), ROWS_AT_ONCE):
-                out = run_block(block, stream.hidden[part], call)
+            for part in batches(len(states), self._rows_at_once(states)):
+                out = run_block(self.block, states.read(part), self.walk.calls[self.index])
                 collector.next_batch()
-                if not stream.quantized:
-                    stream.hidden[part] = out
-    seen = view(block, collector, opened) if pending else None
-    for plan in pending:
-        assert seen is not None
-        _solve(plan, index, block, seen)
-    if stream.quantized and not last:
-        _pass_quantized(stream, index, block, call)
+                if not stream.quantized and not last:
+                    states.write(part, out)
+        del out
+        trim()
+        moments = collector.finish() if pending else []
+        for m in moments:
+            if not m.tokens and not stream.quantized:
+                self.walk.unreached += [f"{self.opened.prefix}.{self.index}.{name}" for name in m.layers]
+        if self.walk.keep is not None and pending and not stream.quantized:
+            self.walk.keep.save(self.index, moments)
+        return moments
 
+    def _rows_at_once(self, states: Activations) -> int:
+        return 1 if self.walk.tight else max(1, TOKENS_AT_ONCE[self.opened.device.type] // states.shape[1])
 
-def _solve(plan: Plan, index: int, block: nn.Module, seen: BlockView) -> None:
-    """Solve one plan for one block and write the block's tensors."""
-    if plan.writer.has_block(index):
-        return
-    started = time.perf_counter()
-    result: BlockResult = method(plan.method)(seen, plan.grid, **plan.options)
-    pack = layout(plan.layout).pack
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in list(block.named_parameters()) + stored_buffers(block):
-        owner, _, leaf = name.rpartition(".")
-        if owner in result.quantized and leaf == "weight":
-            q = result.quantized[owner]
-            packed = pack(q.codes, q.scales, q.zeros, q.group_of, bits=plan.grid.bits)
-            tensors.update({f"{owner}.{key}": value for key, value in packed.items()})
-        else:
-            tensors[name] = result.replaced.get(name, parameter.detach())
-    plan.writer.write_block(index, tensors, result.loss)
-    plan.seconds += time.perf_counter() - started
+    def _solved(self, pending: Sequence[Plan], moments: list[Moments]) -> Iterator[tuple[Plan, BlockResult]]:
+        """Solve the plans, those that differ in their grids alone at once, and let go of each result that was used."""
+        groups: dict[tuple[Any, ...], list[Plan]] = {}
+        for plan in pending:
+            groups.setdefault((plan.method, *sorted(plan.options.items())), []).append(plan)
+        structures = self.walk.structures
+        found = None
+        if structures is not None and any(p.method in FOLDING for p in pending):
+            found = structures.of(self.index, self.block)
+        seen = view(self.block, moments, found, {} if len(groups) > 1 else None)
+        for plans in groups.values():
+            started = time.perf_counter()
+            solved = method(plans[0].method)(seen, [p.grid for p in plans], **plans[0].options)
+            for plan in plans:
+                plan.seconds += (time.perf_counter() - started) / len(plans)
+            for plan in plans:
+                yield plan, solved.pop(0)
 
+    def _write(self, plan: Plan, result: BlockResult) -> None:
+        pack = layout(plan.layout).pack
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in list(self.block.named_parameters()) + stored_buffers(self.block):
+            owner, _, leaf = name.rpartition(".")
+            if owner in result.quantized and leaf == "weight":
+                q = result.quantized[owner]
+                packed = pack(
+                    q.codes, q.scales, q.zeros, q.group_of,
+                    bits=plan.grid.bits, group_size=plan.grid.group_size, symmetric=plan.grid.symmetric,
+                )  # fmt: skip
+                stored = self._stored(owner)
+                tensors.update({f"{stored}.{key}": value for key, value in packed.items()})
+            else:
+                tensors[self._stored(name)] = result.replaced.get(name, parameter.detach())
+        if (
+            plan.layout == "awq"
+        ):  # its readers divide some activations by scales of their own: none here, all ones
+            for name, channels in scaled_activations(self.block, self.opened.config.model_type).items():
+                tensors[self._stored(name)] = torch.ones(channels, dtype=plan.writer.dtype)
+        losses = {self._stored(n): v for n, v in result.loss.items()}
+        plan.writer.write_block(
+            self.index, tensors, losses, None if plan.probe is None else {"probe": plan.probe}
+        )
 
-def _pass_quantized(stream: Stream, index: int, block: nn.Module, call: Call) -> None:
-    """Run the stream through the block as the plan's checkpoint holds it, then restore the block."""
-    plan = stream.plans[0]
-    tensors = plan.writer.read_block(index)
-    unpack = layout(plan.layout).unpack
-    originals: dict[str, nn.Parameter] = {}
-    for name, parameter in block.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if f"{owner}.qweight" in tensors and leaf == "weight":
-            parts = {s: tensors[f"{owner}.{s}"] for s in layout(plan.layout).SUFFIXES}
-            codes, scales, zeros, group_of = unpack(
-                parts, bits=plan.grid.bits, group_size=plan.grid.group_size
-            )
-            value = Quantized(codes, scales, zeros, group_of).dequantize()
-        else:
-            value = tensors[name]
-        originals[name] = parameter
-        _set(block, name, nn.Parameter(value.to(parameter.device, parameter.dtype), requires_grad=False))
-    for part in batches(len(stream.hidden), ROWS_AT_ONCE):
-        stream.hidden[part] = run_block(block, stream.hidden[part], call)
-    for name, parameter in originals.items():
-        _set(block, name, parameter)
+    def _stored(self, name: str) -> str:
+        """The name in the files, relative to the block, of a module or tensor of the block."""
+        opened = self.opened
+        full = opened.names.on_disk(f"{opened.prefix}.{self.index}.{name}")
+        return full.removeprefix(f"{opened.stored_prefix}.{self.index}.")
 
+    def _carry(self, plan: Plan, result: BlockResult | None, states: Activations | None) -> None:
+        """Run the plan's probe, and states that follow the plan, through the block as its checkpoint has it."""
+        if plan.probe is not None and self.walk.probe is not None:
+            if result is None:
+                plan.probe = plan.writer.kept(self.index)["probe"].to(self.opened.device)
+            else:
+                plan.probe = self.walk.probe.through(self.index, plan.probe, result)
+        if states is None:
+            return
+        values = self._stored_values(plan) if result is None else self._solved_values(result)
+        with weights_in_place(self.block, dict(values)):
+            for part in batches(len(states), self._rows_at_once(states)):
+                states.write(part, run_block(self.block, states.read(part), self.walk.calls[self.index]))
 
-def _set(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    block.get_submodule(owner)._parameters[leaf] = parameter
+    def _solved_values(self, result: BlockResult) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, solved in result.quantized.items():
+            yield f"{name}.weight", solved.dequantize().to(self.opened.dtype)
+        yield from result.replaced.items()
 
-
-def view(block: nn.Module, collector: Collector | None, opened: Opened) -> BlockView:
-    """The block as methods see it: float32 weights, statistics, and which norm feeds which layer."""
-    weights = {name: layer.weight.detach().to(torch.float32) for name, layer in linears(block).items()}
-    biases = {
-        name.removesuffix(".bias"): p.detach()
-        for name, p in block.named_parameters()
-        if name.endswith(".bias")
-    }
-    if collector is None:
-        return BlockView(weights, biases=biases)
-    found = {}
-    for layer, name in collector.norm_of.items():
-        module = block.get_submodule(name)
-        found[layer] = NormInput(name, module.weight.detach(), norm_offset(module))  # type: ignore[arg-type,operator]
-    return BlockView(weights, collector.finish(), found, biases, head_dim(opened.config))
-
-
-def norms(block: nn.Module) -> dict[str, nn.Module]:
-    """Modules of one vector ``weight``: the normalisations."""
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(w := getattr(module, "weight", None), nn.Parameter) and w.dim() == 1
-    }
-
-
-def norm_offset(norm: nn.Module) -> float:
-    """1 where the norm multiplies by ``1 + weight`` (Gemma), else 0: told by running it with a zero weight."""
-    weight = norm.weight
-    assert isinstance(weight, nn.Parameter)
-    norm._parameters["weight"] = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
-    probe = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype)
-    try:
-        out = norm(probe[None])
-        bias = getattr(norm, "bias", None)
-        return 0.0 if torch.equal(out[0], torch.zeros_like(probe) if bias is None else bias) else 1.0
-    finally:
-        norm._parameters["weight"] = weight
-
-
-def head_dim(config: Any) -> int:
-    """Width of an attention head, 0 where the configuration does not say."""
-    if getattr(config, "head_dim", None):
-        return int(config.head_dim)
-    heads = getattr(config, "num_attention_heads", 0)
-    return int(config.hidden_size // heads) if heads else 0
-
-
-def stored_buffers(block: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Buffers that belong into a checkpoint."""
-    state = block.state_dict()
-    return [(n, b) for n, b in block.named_buffers() if n in state]
+    def _stored_values(self, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+        """What a block written earlier holds, for a run that goes on."""
+        tensors = plan.writer.read_block(self.index)
+        reader = layout(plan.layout)
+        for name, _ in self.block.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            stored = self._stored(owner)
+            if leaf == "weight" and f"{stored}.{reader.SUFFIXES[0]}" in tensors:
+                parts = {s: tensors[f"{stored}.{s}"] for s in reader.SUFFIXES if f"{stored}.{s}" in tensors}
+                bits = plan.grid.bits
+                codes, scales, zeros, group_of = reader.unpack(
+                    parts, bits=bits, group_size=plan.grid.group_size
+                )
+                yield name, Quantized(codes, scales, zeros, group_of, bits).dequantize().to(self.opened.dtype)
+            else:
+                yield name, tensors[self._stored(name)]
 
 
 def needs_data(plans: Sequence[Plan]) -> bool:

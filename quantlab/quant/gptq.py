@@ -3,24 +3,109 @@
 Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", ICLR 2023, arXiv:2210.17323, Algorithm 1. For a layer ``y = W x`` with second moments
 ``H = X^T X / n`` it minimises ``tr((W - Q) H (W - Q)^T)`` greedily: column j is rounded, and what its rounding
-adds to the error is taken off the later columns along row j of the upper Cholesky factor of ``H^-1``.
+adds to the error is taken off the later columns along row j of the upper Cholesky factor U of ``H^-1 = U^T U``.
 
-``act_order`` takes the columns with the largest ``H_jj`` first (the paper's follow-up in its repository); groups
-are then runs of that order, and ``group_of`` says which column went where. ``act_order="group"`` keeps the groups
-where they are and orders whole groups, and the columns inside each: most of the gain, and a checkpoint that any
-kernel reads at full speed.
+Rows are independent of each other, so several layers of one input, and several bit widths of each, are solved as one
+tall matrix. It is held transposed, [in, rows]: the loop over columns then works on contiguous memory. Corrections reach
+the columns ahead in three steps (at once inside ``INNER`` columns, by one product inside a block, by one product beyond
+it), which is the same algebra as updating everything at once.
 
-Not covered: a fused kernel for the column loop.
+The loss needs no further product: with ``e_j = (w_j - q_j) / U_jj`` the recursion gives
+``tr(E (H + l I) E^T) = sum_j e_j^2``, from which the damping's share ``l |E|^2`` is taken off.
+
+``act_order`` takes the columns with the largest ``H_jj`` first (the paper's follow-up in its repository); groups are
+then runs of that order, and ``group_of`` says which column went where. With ``static_groups`` the groups stay in place,
+on grids fixed from the weights as they were. ``act_order="group"`` also keeps the groups in place, but orders whole
+groups, and the columns inside each: most of the gain, and a checkpoint that any kernel reads at full speed.
+
+On NVIDIA GPUs the loop over columns is a fused kernel (``kernels/gptq_block.py``); here is the plain one.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from quantlab.quant.grid import Grid, Quantized, decode, encode, fit, layer_loss
+from quantlab.quant.grid import Grid, Quantized, fit
+from quantlab.quant.kernels import available
 from quantlab.quant.view import BlockResult, BlockView, split
+
+ActOrder = bool | Literal["group"]
+INNER = 32  # columns corrected one by one before a product carries their errors on
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A Hessian made ready to be solved with, for every grid of one group width.
+
+    ``order`` int64 [in]: columns as they are solved; ``dead`` bool [in]: channels that never fired; ``factor`` float32
+    [in, in], upper, in solving order; ``damping``: what was added to the diagonal.
+    """
+
+    order: torch.Tensor
+    dead: torch.Tensor
+    factor: torch.Tensor
+    damping: float
+
+
+def prepare(
+    hessian: torch.Tensor, *, width: int, damp: float = 0.01, act_order: ActOrder = False
+) -> Prepared:
+    """Order and factorise second moments ``hessian`` [in, in], symmetric, positive semi-definite.
+
+    Args:
+        width: columns a group. damp: share of the mean diagonal added to the diagonal; doubled until the
+            factorisation succeeds.
+
+    Raises:
+        ValueError: the Hessian stays indefinite however much it is damped (it holds NaN or infinities).
+    """
+    diagonal = torch.diagonal(hessian)
+    dead = diagonal == 0
+    if dead.all():  # no token ever came here: every weight is as important as any other
+        dead = torch.zeros_like(dead)
+        hessian, diagonal = torch.eye(len(hessian), device=hessian.device), torch.ones_like(diagonal)
+    order = column_order(diagonal, width, act_order)
+    h = hessian[order][:, order] if act_order is not False else hessian.clone()
+    if dead.any():
+        index = torch.nonzero(dead[order])[:, 0]
+        h[index, index] = 1.0
+    factor, damping = damped_factor(h, damp)
+    return Prepared(order, dead, factor, damping)
+
+
+def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
+    """The factor of :func:`damped_factor` alone."""
+    return damped_factor(hessian, damp)[0]
+
+
+def damped_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
+    """Upper Cholesky factor U of the damped inverse, ``(H + l I)^-1 = U^T U``, and ``l = damp * mean(diag H)``.
+
+    With J the reversal of rows and columns, ``J (H + l I) J = L L^T`` gives ``H + l I = V V^T`` for the upper
+    triangular ``V = J L J``, hence ``U = V^-1``: one factorisation and one triangular inverse, and H is never inverted.
+    Too little damping for float32 shows as a failed factorisation; it is then doubled, at most 12 times.
+    """
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the second moments hold NaN or infinite values: the model's activations overflow")
+    flipped = hessian.flip(0, 1)
+    diagonal = torch.diagonal(flipped)
+    plain, mean = diagonal.clone(), float(diagonal.mean())
+    for _ in range(12):
+        diagonal.copy_(plain + damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(flipped)
+        if not failed:
+            del flipped, diagonal
+            upper = lower.flip(0, 1)
+            del lower
+            eye = torch.eye(len(upper), device=upper.device)
+            return torch.linalg.solve_triangular(upper, eye, upper=True, out=eye), damp * mean
+        damp *= 2
+    raise ValueError("the second moments are not positive definite, even strongly damped")
 
 
 def solve_gptq(
@@ -29,7 +114,8 @@ def solve_gptq(
     grid: Grid,
     *,
     damp: float = 0.01,
-    act_order: bool | Literal["group"] = False,
+    act_order: ActOrder = False,
+    static_groups: bool = False,
     block: int = 128,
 ) -> Quantized:
     """Quantize one layer, or several of equal input stacked along their rows.
@@ -37,66 +123,169 @@ def solve_gptq(
     Args:
         weight: [out, in], any float dtype; finite.
         hessian: second moments of the input, [in, in], symmetric, positive semi-definite.
-        damp: share of the mean diagonal added to the diagonal; doubled until the factorisation succeeds.
+        damp: share of the mean diagonal added to the diagonal.
+        static_groups: with ``act_order=True``, keep groups in place, on grids of the weights as they are.
         block: columns solved between two updates of the rest (speed only, the result is the same algebra).
 
     Raises:
-        ValueError: the Hessian stays indefinite however much it is damped (it holds NaN or infinities).
+        ValueError: as :func:`prepare`.
     """
-    w = weight.to(torch.float32).clone()
-    h = hessian.to(torch.float32).clone()
-    rows, columns = w.shape
-    width = grid.columns(columns)
+    prepared = prepare(hessian, width=grid.columns(weight.shape[1]), damp=damp, act_order=act_order)
+    found = solve_many(
+        weight,
+        prepared,
+        [grid],
+        in_place=act_order is not True or static_groups,
+        static_groups=static_groups,
+        block=block,
+    )
+    return found[0][0]
 
-    # A channel that never fired says nothing about its weights: any value is as good, zero is the smallest code.
-    dead = torch.diagonal(h) == 0
-    h[dead, dead] = 1.0
-    w[:, dead] = 0.0
 
-    order = column_order(torch.diagonal(h), width, act_order)
-    w, h = w[:, order], h[order][:, order]
-    factor = inverse_factor(h, damp)  # [in, in], upper
+def solve_many(
+    weight: torch.Tensor,
+    prepared: Prepared,
+    grids: Sequence[Grid],
+    *,
+    in_place: bool,
+    static_groups: bool = False,
+    block: int = 128,
+) -> list[tuple[Quantized, torch.Tensor]]:
+    """Solve ``weight`` [out, in] on several grids of one group width at once.
 
-    codes = torch.empty_like(w)
-    scales = torch.empty(rows, columns // width, device=w.device)
+    Args:
+        in_place: groups are the columns' own (in order, ``act_order="group"``, static groups) rather than runs of
+            the solving order.
+
+    Returns:
+        For each grid the result, and the squared output error a token of every row, float32 [out].
+    """
+    rows, columns = weight.shape
+    width = grids[0].columns(columns)
+    if any(grid.columns(columns) != width for grid in grids):
+        raise ValueError("grids that are solved together must have one group width")
+    order, dead = prepared.order, prepared.dead
+    static = None
+    if static_groups:
+        whole = weight.to(torch.float32).masked_fill(dead, 0.0).reshape(rows, columns // width, width)
+        static = [fit(whole, grid) for grid in grids]
+    # Where a channel is dead any value is as good, and zero widens no range.
+    if available(weight.device):
+        from quantlab.quant.kernels.gptq_block import solve_columns_cuda
+
+        w = (
+            weight.to(torch.float32).masked_fill(dead, 0.0)[:, order].repeat(len(grids), 1)
+        )  # [grids * out, in]
+        codes, scales, zeros, loss = solve_columns_cuda(w, prepared.factor, order, grids, static)
+        codes, scales, zeros = codes.t(), scales.t(), zeros.t()
+    else:
+        w = weight.to(torch.float32).t()[order]  # [in, out]
+        w[dead[order]] = 0.0
+        w = w.repeat(1, len(grids)) if len(grids) > 1 else w
+        codes, scales, zeros, loss = _solve_columns(w, prepared.factor, order, grids, static, block)
+    del w
+    back = torch.argsort(order)
+    group_of = torch.arange(columns, device=weight.device) // width
+    if not in_place:
+        group_of = group_of[back]
+    elif static is None:  # whole groups were ordered: the k-th one solved goes back to where it stands
+        placed = torch.argsort(order[::width] // width)
+        scales, zeros = scales[placed], zeros[placed]
+    found = []
+    for i, grid in enumerate(grids):
+        part = slice(i * rows, (i + 1) * rows)
+        solved = Quantized(
+            codes[back, part].t().contiguous(),
+            scales[:, part].t().contiguous(),
+            zeros[:, part].t().to(torch.int32).contiguous(),
+            group_of,
+            grid.bits,
+        )
+        moved = squared_distance(weight, solved, dead)
+        found.append((solved, (loss[part] - prepared.damping * moved).clamp(min=0.0)))
+    return found
+
+
+def _solve_columns(
+    w: torch.Tensor,
+    factor: torch.Tensor,
+    order: torch.Tensor,
+    grids: Sequence[Grid],
+    static: Sequence[tuple[torch.Tensor, torch.Tensor]] | None,
+    block: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The recursion on ``w`` float32 [in, rows] (overwritten), rows being those of each grid in turn.
+
+    ``static``: scales and zeros [out, groups] of each grid, of groups in place.
+
+    Returns:
+        codes uint8 [in, rows], scales and zeros float32 [groups, rows], ``sum_j e_j^2`` float32 [rows].
+    """
+    columns, rows = w.shape
+    width = grids[0].columns(columns)
+    per_grid = rows // len(grids)
+    if width < columns:
+        block = max(width, block - block % width)  # a group never straddles two blocks
+    inner = math.gcd(width, INNER) if static is None and width < columns else INNER
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
+    scales = torch.empty(columns // width, rows, device=w.device)
     zeros = torch.empty_like(scales)
-    scale, zero = scales[:, :1], zeros[:, :1]
+    top = torch.cat([w.new_full((per_grid,), float(grid.max_code)) for grid in grids])  # [rows]
+    bottom, value, loss = torch.zeros_like(top), torch.empty_like(top), torch.zeros_like(top)
+    group_of: list[int] = []
+    if static is not None:
+        scales = torch.cat([scale for scale, _ in static]).t().contiguous()
+        zeros = torch.cat([zero for _, zero in static]).t().contiguous()
+        group_of = (order // width).tolist()
+    diagonal = torch.diagonal(factor).tolist()
+    scale, zero = scales[0], zeros[0]
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        errors = torch.empty(rows, stop - start, device=w.device)
-        tile = factor[start:stop, start:stop]
-        for j in range(start, stop):
-            if j % width == 0:  # a new group: its range is that of the weights as corrected so far
-                group = j // width
-                if j + width > stop and j > start:  # columns beyond this block still lack its corrections
-                    pending = errors[:, : j - start] @ factor[start:j, stop : j + width]
-                    ahead = torch.cat([w[:, j:stop], w[:, stop : j + width] - pending], dim=1)
-                else:
-                    ahead = w[:, j : j + width]
-                scales[:, group], zeros[:, group] = fit(ahead, grid)
-                scale, zero = scales[:, group : group + 1], zeros[:, group : group + 1]
-            column = w[:, j : j + 1]  # [out, 1]
-            code = encode(column, scale, zero, grid)
-            codes[:, j : j + 1] = code
-            i = j - start
-            error = (column - decode(code, scale, zero)) / tile[i, i]
-            w[:, j:stop] -= error * tile[i : i + 1, i:]
-            errors[:, i : i + 1] = error
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
-
-    back = torch.argsort(order)
-    group_of = torch.arange(columns, device=w.device) // width
-    if act_order == "group":  # the k-th group solved is one of the groups in place: put it back there
-        placed = torch.argsort(order[::width] // width)
-        scales, zeros = scales[:, placed], zeros[:, placed]
-    else:
-        group_of = group_of[back]
-    return Quantized(codes[:, back].to(torch.uint8), scales, zeros.to(torch.int32), group_of)
+        errors = torch.empty(stop - start, rows, device=w.device)
+        for low in range(start, stop, inner):
+            high = min(low + inner, stop)
+            for j in range(low, high):
+                if static is not None:
+                    scale, zero = scales[group_of[j]], zeros[group_of[j]]
+                elif j % width == 0:  # a new group: its range is that of the weights as corrected so far
+                    group = j // width
+                    for i, grid in enumerate(grids):
+                        part = slice(i * per_grid, (i + 1) * per_grid)
+                        scales[group, part], zeros[group, part] = fit(w[j : j + width, part].t(), grid)
+                    scale, zero = scales[group], zeros[group]
+                column, error = w[j], errors[j - start]  # [rows]
+                torch.div(column, scale, out=value).add_(zero).round_()
+                torch.clamp(value, bottom, top, out=value)
+                codes[j] = value
+                torch.addcmul(column, value.sub_(zero), scale, value=-1, out=error)
+                error.div_(diagonal[j])
+                if j + 1 < high:
+                    w[j + 1 : high].addr_(factor[j, j + 1 : high], error, alpha=-1)
+            if high < stop:
+                done = errors[low - start : high - start]
+                w[high:stop].addmm_(factor[low:high, high:stop].t(), done, alpha=-1)
+        loss += errors.square().sum(dim=0)
+        if stop < columns:
+            w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    return codes, scales, zeros, loss
 
 
-def column_order(
-    diagonal: torch.Tensor, width: int, act_order: bool | Literal["group"] = False
+def squared_distance(
+    weight: torch.Tensor, solved: Quantized, dead: torch.Tensor, chunk: int = 512
 ) -> torch.Tensor:
+    """``|w - q|^2`` of every row over the columns that are not ``dead``, float32 [out]; ``chunk`` rows at a time."""
+    alive = (~dead).to(torch.float32)
+    parts = []
+    for start in range(0, len(weight), chunk):
+        rows = slice(start, start + chunk)
+        part = Quantized(
+            solved.codes[rows], solved.scales[rows], solved.zeros[rows], solved.group_of, solved.bits
+        )
+        parts.append((part.dequantize() - weight[rows]).square_() @ alive)
+    return torch.cat(parts)
+
+
+def column_order(diagonal: torch.Tensor, width: int, act_order: ActOrder = False) -> torch.Tensor:
     """In which order columns are solved, int64 [in], from the Hessian's diagonal [in]; ``width`` columns a group."""
     if act_order is False:
         return torch.arange(len(diagonal), device=diagonal.device)
@@ -109,34 +298,37 @@ def column_order(
     return inside[groups].reshape(-1)
 
 
-def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """Upper Cholesky factor U of the damped inverse: ``(H + damp * mean(diag H) * I)^-1 = U^T U``.
-
-    Too little damping for float32 shows as a failed factorisation; it is then doubled, at most 12 times.
-    """
-    if not torch.isfinite(hessian).all():
-        raise ValueError("the second moments hold NaN or infinite values: the model's activations overflow")
-    mean = torch.diagonal(hessian).mean()
-    eye = torch.eye(hessian.shape[0], device=hessian.device)
-    for _ in range(12):
-        lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper
-        damp *= 2
-    raise ValueError("the second moments are not positive definite, even strongly damped")
-
-
 def quantize_block(
-    block: BlockView, grid: Grid, *, damp: float = 0.01, act_order: bool | Literal["group"] = False
-) -> BlockResult:
-    """Every linear of a block; layers of equal input are solved as one matrix."""
-    result = BlockResult()
-    for names, weight, moments in block.stacked():
-        solved = solve_gptq(weight, moments.hessian, grid, damp=damp, act_order=act_order)
-        for name, part in zip(names, split(solved, [len(block.weights[n]) for n in names]), strict=True):
-            result.quantized[name] = part
-            result.loss[name] = layer_loss(block.weights[name], part.dequantize(), moments.hessian).item()
-    return result
+    block: BlockView,
+    grids: Sequence[Grid],
+    *,
+    damp: float = 0.01,
+    act_order: ActOrder = False,
+    static_groups: bool = False,
+) -> list[BlockResult]:
+    """Every linear of a block on every grid; layers of equal input, and grids of equal width, as one matrix."""
+    results = [BlockResult() for _ in grids]
+    in_place = act_order is not True or static_groups
+    for moments in block.moments:
+        weight, sizes = block.stack(moments), block.rows(moments)
+        columns = weight.shape[1]
+        for width in dict.fromkeys(grid.columns(columns) for grid in grids):
+            chosen = [i for i, grid in enumerate(grids) if grid.columns(columns) == width]
+            # Only ``act_order="group"`` orders differently for different widths.
+            key = ("gptq", moments.layers[0], damp, act_order, width if act_order == "group" else 0)
+            known = {} if block.cache is None else block.cache
+            if key not in known:
+                known[key] = prepare(moments.hessian, width=width, damp=damp, act_order=act_order)
+            solved = solve_many(
+                weight,
+                known[key],
+                [grids[i] for i in chosen],
+                in_place=in_place,
+                static_groups=static_groups,
+            )
+            for i, (whole, loss) in zip(chosen, solved, strict=True):
+                parts = zip(moments.layers, split(whole, sizes), loss.split(sizes), strict=True)
+                for name, part, share in parts:
+                    results[i].quantized[name] = part
+                    results[i].loss[name] = share.sum().item()
+    return results

@@ -44,19 +44,25 @@ class Grid:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized matrix. ``codes`` uint8 [out, in], ``scales`` float32 and ``zeros`` int32 [out, groups],
-    ``group_of`` int64 [in]: which group a column belongs to (not in order under act_order)."""
+    """A quantized matrix. ``codes`` uint8 [out, in] (float8_e4m3fn for FP8, whose zeros are all 0), ``scales`` float32
+    and ``zeros`` int32 [out, groups], ``group_of`` int64 [in]: which group a column belongs to (not in order under
+    act_order), ``bits``: the width of a code."""
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
     group_of: torch.Tensor
+    bits: int
 
     def dequantize(self) -> torch.Tensor:
         """The weights these codes stand for, float32 [out, in]."""
-        scales = self.scales[:, self.group_of]  # [out, in]
-        zeros = self.zeros[:, self.group_of]
-        return (self.codes.to(torch.float32) - zeros) * scales
+        rows, columns = self.codes.shape
+        groups = self.scales.shape[1]
+        values = self.codes.to(torch.float32)
+        if torch.equal(self.group_of, self.group_of.sort().values):  # no column order: scales are broadcast
+            grouped = values.reshape(rows, groups, columns // groups)
+            return grouped.sub_(self.zeros[..., None]).mul_(self.scales[..., None]).reshape(rows, columns)
+        return values.sub_(self.zeros[:, self.group_of]).mul_(self.scales[:, self.group_of])
 
 
 def storable_scales(scales: torch.Tensor) -> torch.Tensor:
@@ -77,8 +83,12 @@ def fit(
         ``scale`` float32 and ``zero`` float32 (integers), both ``[...]``. An all-zero group gets a grid on
         which zero is exact.
     """
-    low = groups.amin(dim=-1).clamp(max=0.0) * shrink
-    high = groups.amax(dim=-1).clamp(min=0.0) * shrink
+    low, high = torch.aminmax(groups, dim=-1)
+    return fit_range(low.clamp(max=0.0) * shrink, high.clamp(min=0.0) * shrink, grid)
+
+
+def fit_range(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero for values between ``low <= 0`` and ``high >= 0``, of any shape."""
     if grid.symmetric:
         high = torch.maximum(high, -low)
         low = -high
@@ -113,7 +123,15 @@ def round_to_grid(weight: torch.Tensor, grid: Grid, shrink: float | torch.Tensor
     scale, zero = fit(groups, grid, shrink)
     codes = encode(groups, scale[..., None], zero[..., None], grid)
     group_of = torch.arange(columns, device=weight.device) // width
-    return Quantized(codes.reshape(rows, columns).to(torch.uint8), scale, zero.to(torch.int32), group_of)
+    return Quantized(
+        codes.reshape(rows, columns).to(torch.uint8), scale, zero.to(torch.int32), group_of, grid.bits
+    )
+
+
+def nearest_values(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """``values`` [..., group_size] rounded to their grids (``scale`` and ``zero`` [...]); a new tensor."""
+    s, z = scale[..., None], zero[..., None]
+    return torch.div(values, s).add_(z).round_().clamp_(0, grid.max_code).sub_(z).mul_(s)
 
 
 def layer_loss(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

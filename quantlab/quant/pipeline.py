@@ -1,7 +1,7 @@
-"""Recipes to checkpoints: checks first, then one walk through the model for all recipes that need one.
+"""Recipes to checkpoints: one walk through the model for all recipes that can share it.
 
-``check`` looks at shapes only and imports no torch. ``quantize`` groups recipes that share calibration rows, so that
-several recipes cost one pass; bitsandbytes recipes go through its own library, one after the other.
+``quantize`` groups recipes that share calibration rows, so that several recipes cost one pass; bitsandbytes recipes go
+through its own library, one after the other. What can be refused beforehand is in ``jobs.py``.
 """
 
 from __future__ import annotations
@@ -10,94 +10,55 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab import __version__
 from quantlab.errors import DataError, MachineError, RecipeError
-from quantlab.formats.shapes import common_group_sizes, refuse
 from quantlab.models.files import ModelFiles, open_files
 from quantlab.progress import Progress
+from quantlab.quant import FOLDING
+from quantlab.quant.jobs import BITSANDBYTES, Job, Outcome, check, group_key
 from quantlab.recipe import Calibration, QuantizeRecipe
 
 if TYPE_CHECKING:
     import torch
 
-    from quantlab.quant.engine import Plan
+    from quantlab.models.blocks import Opened
+    from quantlab.quant.auto import Choice
+    from quantlab.quant.engine import Plan, Walk
+    from quantlab.quant.intended import Probe
 
-OWN = ("rtn", "gptq", "awq")
-BITSANDBYTES = ("bnb-int8", "bnb-fp4", "bnb-nf4")
-HEADROOM = 64 * 2**20  # bytes of disk kept free beyond the estimate
+__all__ = ["Job", "Outcome", "Settings", "check", "quantize"]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One recipe to apply; ``out`` is where its checkpoint goes."""
+class Settings:
+    """How a run is carried out; nothing here changes what comes out.
 
-    name: str
-    recipe: QuantizeRecipe
-    out: Path
-
-
-@dataclass
-class Outcome:
-    """What came of a job. ``checkpoint`` is None for ``none``, which is the model itself. ``shared_calibration``: other
-    jobs were solved from the same pass over the calibration rows. ``loss`` is by layer, where it was measured."""
-
-    job: Job
-    checkpoint: Path | None
-    seconds: float = 0.0
-    shared_calibration: bool = False
-    calibration: dict[str, Any] = field(default_factory=dict)
-    loss: dict[str, float] = field(default_factory=dict)
-
-
-def check(recipe: QuantizeRecipe, model: str, out: Path | None = None) -> None:
-    """Refuse, from file headers alone, what cannot work. ``out`` is where the checkpoint would go.
-
-    Raises:
-        RecipeError: a layer does not fit the recipe; names the layer, its inputs and the group sizes that work.
-        DataError: the model's files are bad, or it is quantized already. MachineError: too little disk.
+    memory_limit: bytes of resident memory to stay below; activations then lie in files, and freed memory is given back
+        at once. None takes what is fastest.
+    save_statistics: where to keep the statistics. statistics: where they are, from an earlier run.
+    prove: reload every finished checkpoint in a fresh process and compare its logits with what was intended.
     """
-    files = open_files(model)
-    if recipe.method == "none":
-        return
-    if out is not None:
-        _check_disk(recipe, out, files)
-    if files.quantized is not None:
-        kind = files.quantized.get("quant_method", "some method")
-        raise DataError(f"{model} is already quantized ({kind})", hint="give the original model")
-    if recipe.method in BITSANDBYTES:
-        return
-    linears = files.block_linears()
-    for name, (out_features, in_features) in linears.items():
-        reason = refuse(recipe.format, recipe.bits, recipe.group_size, in_features, out_features)
-        if reason is None:
-            continue
-        common = common_group_sizes({width for _, width in linears.values()})
-        hint = f"for every layer of this model: group_size {', '.join(map(str, common))}" if common else ""
-        raise RecipeError(f"{model}: layer {name} does not fit: {reason}", hint=hint)
 
-
-def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
-    """No less than the size of the checkpoint's weights: scales and zeros generously, the rest as float32."""
-    matrices = sum(a * b for a, b in files.block_linears().values())
-    rest = sum(t.count for t in files.tensors.values()) - matrices
-    width = 2 if recipe.group_size == -1 else 2 + 24 / recipe.group_size
-    return int(matrices * (recipe.bits + width) / 8 + rest * 4)
+    device: str = "auto"
+    resume: bool = False
+    trust_remote_code: bool = False
+    memory_limit: int | None = None
+    save_statistics: Path | None = None
+    statistics: Path | None = None
+    prove: bool = False
 
 
 def quantize(
-    jobs: Sequence[Job],
-    model: str,
-    *,
-    device: str = "auto",
-    progress: Progress,
-    resume: bool = False,
-    trust_remote_code: bool = False,
+    jobs: Sequence[Job], model: str, *, progress: Progress, settings: Settings | None = None, **changes: Any
 ) -> list[Outcome]:
     """Apply every job to one model. Jobs whose calibration is the same share one pass over it.
+
+    Args:
+        settings: how; ``changes`` are single fields of it.
 
     Returns:
         One outcome a job, in order.
@@ -108,48 +69,37 @@ def quantize(
     from quantlab.models.load import pick_device
     from quantlab.quant.checkpoint import claim
 
+    chosen = settings or Settings(**changes)
     files = open_files(model)
     for job in jobs:
         check(job.recipe, model, job.out)
         if job.recipe.method != "none":
             claim(job.out)
-    place = pick_device(device)
+    place = pick_device(chosen.device)
     outcomes: dict[int, Outcome] = {}
     groups: dict[str, list[int]] = {}
     for i, job in enumerate(jobs):
         if job.recipe.method == "none":
             outcomes[i] = Outcome(job, None)
         elif job.recipe.method in BITSANDBYTES:
-            outcomes[i] = _bitsandbytes(job, files, place, progress, trust_remote_code)
+            outcomes[i] = _bitsandbytes(job, files, place, progress, chosen.trust_remote_code)
         else:
-            groups.setdefault(_group_key(job.recipe), []).append(i)
+            groups.setdefault(group_key(job.recipe), []).append(i)
     # Recipes without a need for data ride along with the first group that has one.
     for key in [k for k in groups if k.startswith("no data") and len(groups) > 1]:
-        other = next(
-            k for k in groups if not k.startswith("no data") and k.endswith(key.removeprefix("no data"))
+        dtype = key.removeprefix("no data")
+        other = next((k for k in groups if not k.startswith("no data") and k.endswith(dtype)), None)
+        if other is not None:
+            groups[other] += groups.pop(key)
+    if len(groups) > 1 and (chosen.save_statistics or chosen.statistics):
+        raise RecipeError(
+            "these recipes differ in calibration or dtype, so there is no one set of statistics for them",
+            hint="quantize them one after the other",
         )
-        groups[other] += groups.pop(key)
     for members in groups.values():
-        done = _solve([jobs[i] for i in members], files, place, progress, resume, trust_remote_code)
+        done = _Run([jobs[i] for i in members], files, place, progress, chosen).outcomes()
         outcomes.update(zip(members, done, strict=True))
     return [outcomes[i] for i in range(len(jobs))]
-
-
-def _group_key(recipe: QuantizeRecipe) -> str:
-    """Recipes with equal keys can share one walk through the model."""
-    if not recipe.needs_calibration:
-        return f"no data, {recipe.dtype}"
-    return f"{recipe.calibration.model_dump_json()}, {recipe.dtype}"
-
-
-def _check_disk(recipe: QuantizeRecipe, out: Path, files: ModelFiles) -> None:
-    folder = next(p for p in [out, *out.absolute().parents] if p.exists())
-    free, needed = shutil.disk_usage(folder).free, expected_bytes(recipe, files) + HEADROOM
-    if free < needed:
-        raise MachineError(
-            f"{out} needs about {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free",
-            hint="free some space, or name another --out",
-        )
 
 
 def _bitsandbytes(
@@ -184,7 +134,7 @@ def _bitsandbytes(
             raise MachineError(f"cannot write {work}: {error}", hint="is the disk full?") from error
         copy_tokenizer(files.path, work)
         seconds = time.perf_counter() - started
-        record = _record(job, files, {}, seconds)
+        record = provenance(job, files, {}, seconds)
         (work / "quantlab.json").write_text(
             json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -193,47 +143,163 @@ def _bitsandbytes(
     return Outcome(job, job.out, seconds)
 
 
-def _solve(
-    jobs: Sequence[Job],
-    files: ModelFiles,
-    device: str,
-    progress: Progress,
-    resume: bool,
-    trust_remote_code: bool,
-) -> list[Outcome]:
+class _Run:
     """One walk through the model for jobs that share their calibration."""
-    from quantlab.models.blocks import Opened, dtype_of
-    from quantlab.quant.engine import quantize_blocks
 
-    started = time.perf_counter()
-    opened = Opened(files, device, dtype_of(files, jobs[0].recipe.dtype), trust_remote_code)
-    rows, calibration = _calibration_rows(jobs, files, trust_remote_code)
-    plans = [_plan(job, files, opened, calibration, resume) for job in jobs]
-    sharing = [
-        job.name for job in jobs if job.recipe.needs_calibration and job.recipe.propagate == "original"
-    ]
-    if rows is not None:
-        text = f"one calibration pass ({rows.shape[0]} x {rows.shape[1]} tokens, {calibration['source']})"
-        progress.note(
-            f"{text} shared by {', '.join(sharing)}" if len(sharing) > 1 else f"{text} for {jobs[0].name}"
+    def __init__(
+        self, jobs: Sequence[Job], files: ModelFiles, device: str, progress: Progress, settings: Settings
+    ) -> None:
+        from quantlab.models.blocks import Opened, dtype_of
+        from quantlab.models.memory import resident
+
+        self.started, self.resident = time.perf_counter(), resident()
+        self.jobs, self.files, self.progress, self.settings = jobs, files, progress, settings
+        dtype = dtype_of(files, jobs[0].recipe.dtype)
+        self.opened = Opened(files, device, dtype, settings.trust_remote_code)
+        self.rows, self.calibration = calibration_rows(jobs, files, settings.trust_remote_code)
+        self.probe = self._probe() if settings.prove else None
+        self.forecasts = self._forecasts() if settings.prove else []
+        self.settled: dict[str, Plan] = {}  # the plans of jobs that leave the widths open
+
+    def _probe(self) -> Probe:
+        from quantlab.quant.intended import Probe, probe_rows
+
+        opened, settings = self.opened, self.settings
+        rows = probe_rows(self.rows, int(opened.config.vocab_size))
+        return Probe(self.files, rows, str(opened.device), plain_dtype(opened), settings.trust_remote_code)
+
+    def _forecasts(self) -> list[dict[str, Any]]:
+        """What each job should take, to be set beside what it took."""
+        from quantlab.quant.forecast import together
+        from quantlab.quant.rates import measure
+
+        device, spilled = self.opened.device.type, self.settings.memory_limit is not None
+        rates = measure(device, self.opened.dtype)
+        recipes = [job.recipe for job in self.jobs]
+        found, _ = together(recipes, self.files, rates, device=device, spilled=spilled)
+        return [one.record() for one in found]
+
+    def outcomes(self) -> list[Outcome]:
+        """Solve, assemble, prove, publish."""
+        from quantlab.quant.engine import quantize_blocks
+
+        jobs, progress = self.jobs, self.progress
+        made = [self._plans(job) for job in jobs]
+        sharing = [j.name for j in jobs if j.recipe.needs_calibration and j.recipe.propagate == "original"]
+        if self.rows is not None:
+            size, source = f"{self.rows.shape[0]} x {self.rows.shape[1]} tokens", self.calibration["source"]
+            shared = f"shared by {', '.join(sharing)}" if len(sharing) > 1 else f"for {jobs[0].name}"
+            progress.note(f"one calibration pass ({size}, {source}) {shared}")
+        plans = [plan for several in made for plan in several]
+        walk = self._walk(plans)
+        try:
+            quantize_blocks(self.opened, walk, progress)
+        except ValueError as error:  # a solver refuses its statistics
+            raise DataError(f"{self.files.name}: {error}") from error
+        if walk.unreached:
+            names = ", ".join(walk.unreached[:3]) + (", ..." if len(walk.unreached) > 3 else "")
+            progress.note(
+                f"no calibration token reached {len(walk.unreached)} layers, rounded to nearest: {names}"
+            )
+        common = time.perf_counter() - self.started - sum(plan.seconds for plan in plans)
+        outcomes = []
+        for job, several in zip(jobs, made, strict=True):
+            plan, started, choice = several[0], time.perf_counter(), None
+            if job.recipe.bits == "auto":
+                choice = self._chosen(job, several, walk)
+                plan = choice.plan
+            assemble(plan, job, self.files, self.opened, choice.widths if choice else None)
+            outcomes.append(
+                Outcome(
+                    job,
+                    job.out,
+                    # about what this recipe alone would have taken
+                    common + sum(p.seconds for p in several) + time.perf_counter() - started,
+                    len(sharing) > 1 and job.name in sharing,
+                    self.calibration,
+                    dict(sorted(plan.writer.losses.items())),
+                    choice.record() if choice else {},
+                )
+            )
+            several[0] = plan
+        self._publish(outcomes, [several[0] for several in made])
+        return outcomes
+
+    def _plans(self, job: Job) -> list[Plan]:
+        """One plan, or with ``bits: auto`` one for every width."""
+        from quantlab.quant.auto import width_plans
+
+        resume = self.settings.resume
+        plan = make_plan(job, self.files, self.opened, self.calibration, resume)
+        if job.recipe.bits != "auto":
+            return [plan]
+        self.settled[job.name] = plan
+        return width_plans(plan, job.recipe.widths, resume=resume)
+
+    def _chosen(self, job: Job, solved: Sequence[Plan], walk: Walk) -> Choice:
+        from quantlab.quant.auto import choose
+
+        opened, folds = self.opened, walk.structures
+        found = [folds.of(i, block) for i, block in enumerate(opened.blocks)] if folds else []
+        assert self.rows is not None and job.recipe.target_bits is not None
+        return choose(
+            self.settled[job.name], solved, opened, self.files, self.rows, job.recipe.target_bits,
+            self.probe, self.progress, found if job.recipe.method in FOLDING else [],
+        )  # fmt: skip
+
+    def _walk(self, plans: Sequence[Plan]) -> Walk:
+        from quantlab.quant.engine import open_walk
+        from quantlab.quant.statistics_store import StatisticsStore
+
+        key = {"model": self.files.digest, "calibration": str(self.calibration.get("digest", ""))}
+        blocks, settings = len(self.opened.blocks), self.settings
+        keep = reuse = None
+        if settings.save_statistics is not None:
+            keep = StatisticsStore.make(settings.save_statistics, blocks, key)
+        if settings.statistics is not None:
+            reuse = StatisticsStore.open(settings.statistics, blocks, key)
+        spill = plans[0].writer.scratch / "activations" if settings.memory_limit else None
+        return open_walk(
+            self.opened, self.rows, plans, spill=spill, key=key, probe=self.probe, keep=keep, reuse=reuse
         )
-    try:
-        quantize_blocks(opened, rows, plans, progress)
-    except ValueError as error:  # a solver refuses its statistics
-        raise DataError(f"{files.name}: {error}") from error
-    outcomes = []
-    common = time.perf_counter() - started - sum(plan.seconds for plan in plans)
-    for job, plan in zip(jobs, plans, strict=True):
-        seconds = common + plan.seconds  # about what this recipe alone would have taken
-        shared = len(sharing) > 1 and job.name in sharing
-        record = _record(job, files, calibration, seconds) | {"shared_calibration": shared}
-        record["loss"] = dict(sorted(plan.writer.losses.items()))
-        _finish(plan, job, files, opened, record)
-        outcomes.append(Outcome(job, job.out, seconds, shared, calibration, plan.writer.losses))
-    return outcomes
+
+    def _publish(self, outcomes: Sequence[Outcome], plans: Sequence[Plan]) -> None:
+        """Prove the assembled checkpoints, all in one fresh process, and give them their names."""
+        from quantlab.models.memory import peak_resident
+        from quantlab.quant.forecast import actual
+        from quantlab.quant.proof import Claim, Proof, prove, require
+
+        proofs: list[Proof | None] = [None] * len(plans)
+        if self.probe is not None:
+            claims = []
+            for outcome, plan in zip(outcomes, plans, strict=True):
+                assert plan.probe is not None
+                claims.append(Claim(plan.writer.work, self.probe.logits(plan.probe), outcome.job.name))
+            with self.progress.task("reloading what was written"):
+                proofs = list(
+                    prove(
+                        claims,
+                        self.probe.rows,
+                        device=str(self.opened.device),
+                        memory_limit=self.settings.memory_limit,
+                        trust_remote_code=self.settings.trust_remote_code,
+                    )
+                )
+        for i, (outcome, plan, proof) in enumerate(zip(outcomes, plans, proofs, strict=True)):
+            if proof is not None and not proof.passed:
+                require(proof, outcome.job.name, plan.writer.fail())
+            record = provenance(outcome.job, self.files, self.calibration, outcome.seconds)
+            record |= {"shared_calibration": outcome.shared_calibration, "loss": outcome.loss}
+            if outcome.widths:
+                record["widths"] = outcome.widths
+            if proof is not None:
+                size = sum(file.stat().st_size for file in plan.writer.work.glob("*.safetensors"))
+                took = actual(size, peak_resident() - self.resident, outcome.seconds)
+                record |= {"proof": proof.record(), "forecast": self.forecasts[i], "actual": took}
+            plan.writer.publish(record)
 
 
-def _calibration_rows(
+def calibration_rows(
     jobs: Sequence[Job], files: ModelFiles, trust_remote_code: bool
 ) -> tuple[torch.Tensor | None, dict[str, Any]]:
     """The token rows that the jobs share, and their provenance; (None, {}) when none looks at data."""
@@ -256,63 +322,72 @@ def _calibration_rows(
     return rows, {"source": wish.source, "rows": wish.rows, "seq_len": wish.seq_len, "digest": digest(rows)}
 
 
-def _plan(job: Job, files: ModelFiles, opened: Any, calibration: Mapping[str, Any], resume: bool) -> Plan:
-    import torch
-
+def make_plan(
+    job: Job, files: ModelFiles, opened: Opened, calibration: Mapping[str, Any], resume: bool
+) -> Plan:
+    """A job as the engine needs it. With ``bits: auto`` the grid is that of the widest codes."""
     from quantlab.formats import layout
     from quantlab.quant.checkpoint import CheckpointWriter
     from quantlab.quant.engine import Plan
     from quantlab.quant.grid import Grid
 
-    recipe = job.recipe
-    # The kernels behind both layouts compute in 16 bit.
-    dtype = opened.dtype if opened.dtype != torch.float32 else torch.float16
+    recipe, dtype = job.recipe, plain_dtype(opened)
     key = {
         "recipe": recipe.digest(),
         "model": files.digest,
         "calibration": str(calibration.get("digest", "")),
     }
-    writer = CheckpointWriter(job.out, opened.prefix, len(opened.blocks), dtype, key, resume=resume)
-    grid = Grid(recipe.bits, recipe.group_size, recipe.symmetric, layout(recipe.format).ZERO_MIN)
-    options: dict[str, Any] = {}
-    if recipe.method == "gptq":
-        options = {"damp": recipe.damp, "act_order": recipe.act_order}
-    elif recipe.method == "awq":
-        names = ("scale_search", "clip_search", "search_steps")
-        options = {name: getattr(recipe, name) for name in names}
+    writer = CheckpointWriter(job.out, opened.stored_prefix, len(opened.blocks), dtype, key, resume=resume)
+    writer.exact = opened.exact
+    grid = Grid(max(recipe.widths), recipe.group_size, recipe.symmetric, layout(recipe.format).ZERO_MIN)
     propagate = recipe.propagate if recipe.needs_calibration else "original"
-    return Plan(job.name, recipe.method, grid, recipe.format, writer, options, propagate)
+    return Plan(job.name, recipe.method, grid, recipe.format, writer, method_options(recipe), propagate)
 
 
-def _finish(plan: Plan, job: Job, files: ModelFiles, opened: Any, record: Mapping[str, Any]) -> None:
-    """Write everything but the blocks, and move the checkpoint into place."""
-    from safetensors import safe_open
+def method_options(recipe: QuantizeRecipe) -> dict[str, Any]:
+    """The keyword arguments of a recipe's method."""
+    names = {
+        "gptq": ("damp", "act_order", "static_groups"),
+        "awq": ("scale_search", "clip_search", "search_steps"),
+    }
+    return {name: getattr(recipe, name) for name in names.get(recipe.method, ())}
 
+
+def plain_dtype(opened: Opened) -> torch.dtype:
+    """What a checkpoint's plain tensors are stored in: the kernels behind the layouts compute in 16 bit."""
+    import torch
+
+    return opened.dtype if opened.dtype != torch.float32 else torch.float16
+
+
+def assemble(
+    plan: Plan, job: Job, files: ModelFiles, opened: Opened, widths: Mapping[str, tuple[int, int]] | None
+) -> None:
+    """Write everything but the blocks. ``widths``: bits and group size of each linear, where they differ."""
     from quantlab.formats import layout
 
-    inside = opened.prefix + "."
-    rest = {}
-    for name, info in files.tensors.items():
-        if not name.startswith(inside):
-            with safe_open(info.file, framework="pt") as stream:
-                rest[name] = stream.get_tensor(name)
-    plan.writer.write_rest(rest)
+    inside = opened.stored_prefix + "."
+    plan.writer.write_rest({n: info for n, info in files.tensors.items() if not n.startswith(inside)})
     recipe = job.recipe
     described = layout(recipe.format).config(
-        bits=recipe.bits,
+        widths or dict.fromkeys(files.block_linears(), (plan.grid.bits, recipe.group_size)),
+        bits=plan.grid.bits,
         group_size=recipe.group_size,
         symmetric=recipe.symmetric,
         act_order=recipe.act_order is True,
+        static_groups=recipe.static_groups,
         damp=recipe.damp,
         quantizer=f"quantlab:{__version__}",
+        ignore=opened.kept(),
+        **({"floating": True} if recipe.method == "fp8" else {}),
     )
     config = {k: v for k, v in files.config.items() if k not in ("torch_dtype", "dtype")}
     config |= {"dtype": str(plan.writer.dtype).removeprefix("torch."), "quantization_config": described}
-    plan.writer.finish(files.path, config, record)
+    plan.writer.assemble(files.path, config)
 
 
-def _record(job: Job, files: ModelFiles, calibration: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Provenance, kept in the checkpoint as quantlab.json."""
+def provenance(job: Job, files: ModelFiles, calibration: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What a checkpoint was made from and how, kept in it as quantlab.json."""
     return {
         "quantlab_version": __version__,
         "recipe": job.recipe.content(),

@@ -5,6 +5,8 @@ It needs no data; statistics, where they are there, only serve to report the lay
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from quantlab.quant.grid import Grid, Quantized, layer_loss, round_to_grid
@@ -16,11 +18,15 @@ def solve_rtn(weight: torch.Tensor, grid: Grid) -> Quantized:
     return round_to_grid(weight.to(torch.float32), grid)
 
 
-def quantize_block(block: BlockView, grid: Grid) -> BlockResult:
-    """Every linear of a block, rounded."""
-    result = BlockResult({name: solve_rtn(weight, grid) for name, weight in block.weights.items()})
-    for moments in block.moments:
-        for name in moments.layers:
-            loss = layer_loss(block.weights[name], result.quantized[name].dequantize(), moments.hessian)
-            result.loss[name] = loss.item()
-    return result
+def quantize_block(block: BlockView, grids: Sequence[Grid]) -> list[BlockResult]:
+    """Every linear of a block, rounded on every grid."""
+    results = [BlockResult() for _ in grids]
+    hessian = {name: m.hessian for m in block.moments if m.tokens for name in m.layers}
+    for name in block.stored:
+        weight = block.weight(name)
+        for grid, result in zip(grids, results, strict=True):
+            result.quantized[name] = solve_rtn(weight, grid)
+            if name in hessian:
+                rounded = result.quantized[name].dequantize()
+                result.loss[name] = layer_loss(weight, rounded, hessian[name]).item()
+    return results

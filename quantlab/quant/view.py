@@ -4,40 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from quantlab.models.structure import Structure
 from quantlab.quant.grid import Quantized
 from quantlab.quant.statistics import Moments
+
+NOTHING = Structure()
 
 
 @dataclass(frozen=True)
 class BlockView:
     """One decoder block. Names are relative to the block (``self_attn.q_proj``).
 
-    weights: the linear layers, float32 [out, in].
+    stored: the weights of the linear layers [out, in] in the dtype they are kept in.
     moments: one entry a distinct input, empty without calibration.
-    norms: by the first layer of an entry of ``moments``: the normalisation whose output that input is.
-    biases: those of linears and norms, by module name.
-    head_dim: width of an attention head, 0 if unknown.
+    structure: which scales can be moved where without changing what the block computes.
+    norms: the normalisations that ``structure`` names.
+    plain: every other parameter of the block, by its full name (``self_attn.q_proj.bias``).
+    cache: what one solve leaves for the next on the same block (factorised Hessians), by a key that says it all; None
+        where nothing comes after.
     """
 
-    weights: Mapping[str, torch.Tensor]
+    stored: Mapping[str, torch.Tensor]
     moments: Sequence[Moments] = ()
+    structure: Structure = NOTHING
     norms: Mapping[str, NormInput] = field(default_factory=dict)
-    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    head_dim: int = 0
+    plain: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    cache: dict[Any, Any] | None = field(default=None, repr=False)
 
-    def stacked(self) -> list[tuple[list[str], torch.Tensor, Moments]]:
-        """Layers of equal input as one matrix [sum of out, in]: rows are solved independently of each other."""
-        return [(m.layers, torch.cat([self.weights[n] for n in m.layers]), m) for m in self.moments]
+    def weight(self, name: str) -> torch.Tensor:
+        """A layer's weight in float32 [out, in]."""
+        return self.stored[name].detach().to(torch.float32)
+
+    def stack(self, moments: Moments) -> torch.Tensor:
+        """The layers of one input as one matrix [sum of out, in], float32: rows are solved independently."""
+        return torch.cat([self.stored[n].detach() for n in moments.layers]).to(torch.float32)
+
+    def rows(self, moments: Moments) -> list[int]:
+        """How many rows of :meth:`stack` belong to each layer."""
+        return [len(self.stored[n]) for n in moments.layers]
 
 
 @dataclass(frozen=True)
 class NormInput:
-    """A normalisation as the producer of a linear's input. ``weight`` keeps its stored dtype."""
+    """A normalisation as the producer of a linear's input. ``weight`` [in] keeps its stored dtype; ``offset`` is 1
+    where the norm multiplies by ``1 + weight``."""
 
-    name: str
     weight: torch.Tensor
     offset: float
 
@@ -53,11 +68,12 @@ class BlockResult:
 
 
 def split(quantized: Quantized, sizes: Sequence[int]) -> list[Quantized]:
-    """Undo :meth:`BlockView.stacked`: cut a result along its rows."""
+    """Undo :meth:`BlockView.stack`: cut a result along its rows."""
     parts = zip(
         quantized.codes.split(list(sizes)),
         quantized.scales.split(list(sizes)),
         quantized.zeros.split(list(sizes)),
         strict=True,
     )
-    return [Quantized(codes, scales, zeros, quantized.group_of) for codes, scales, zeros in parts]
+    group_of, bits = quantized.group_of, quantized.bits
+    return [Quantized(codes, scales, zeros, group_of, bits) for codes, scales, zeros in parts]

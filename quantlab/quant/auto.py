@@ -1,0 +1,185 @@
+"""``bits: auto``: every layer at every width, then the widths that cost the model least within the budget.
+
+The walk solves all widths of a layer at once, from the same statistics (``gptq.solve_many``), and writes each to blocks
+of its own beside the checkpoint. What a layer loses at each width is known then; what a unit of that loss costs the
+model is measured (``sensitivity``); ``allocate`` chooses. The checkpoint is put together from the blocks written.
+Disk: about 17 bits a weight while it lasts, as much as the model in bfloat16; no statistics are kept, nothing is solved
+twice, and a killed run goes on from the blocks it has.
+
+With AWQ a width decides on the scales that are folded into other layers, so layers that are linked by a fold share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from quantlab.errors import RecipeError
+from quantlab.formats import layout
+from quantlab.formats.shapes import widths as possible_widths
+from quantlab.models.blocks import Opened
+from quantlab.models.files import ModelFiles
+from quantlab.models.structure import Structure
+from quantlab.progress import Progress
+from quantlab.quant.allocate import Allocation, BudgetError, Layer, allocate
+from quantlab.quant.checkpoint import CheckpointWriter
+from quantlab.quant.engine import Plan
+from quantlab.quant.grid import Quantized
+from quantlab.quant.intended import Probe
+from quantlab.quant.sensitivity import ROWS, SEQ_LEN, sensitivities
+from quantlab.quant.view import BlockResult
+
+
+def width_plans(plan: Plan, widths: Sequence[int], *, resume: bool) -> list[Plan]:
+    """A plan for each width, writing into the scratch folder of the checkpoint they are for."""
+    found = []
+    for bits in widths:
+        own = plan.writer
+        folder = own.scratch / "widths" / str(bits)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        writer = CheckpointWriter(folder, own.prefix, own.blocks, own.dtype, own.key, resume=resume)
+        writer.exact = own.exact
+        grid = replace(plan.grid, bits=bits)
+        found.append(replace(plan, name=f"{plan.name} at {bits} bits", grid=grid, writer=writer))
+    return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``plan``: the checkpoint put together. ``widths``: bits and group size by layer. ``allocation``: how well."""
+
+    plan: Plan
+    widths: dict[str, tuple[int, int]]
+    allocation: Allocation
+
+    def record(self) -> dict[str, Any]:
+        """For quantlab.json."""
+        a = self.allocation
+        return {
+            "average_bits": round(a.average_bits, 4),
+            "gap": a.gap,
+            "layers": {name: bits for name, (bits, _) in self.widths.items()},
+        }
+
+
+def choose(
+    plan: Plan,
+    solved: Sequence[Plan],
+    opened: Opened,
+    files: ModelFiles,
+    rows: torch.Tensor,
+    target_bits: float,
+    probe: Probe | None,
+    progress: Progress,
+    structures: Sequence[Structure] = (),
+) -> Choice:
+    """Choose a width for every layer and put the checkpoint's blocks together from those that were solved.
+
+    Args:
+        plan: of the checkpoint to make. solved: one plan a width, all of whose blocks are written.
+        rows: calibration token ids int64 [rows, seq_len]; a corner of them measures the sensitivities.
+        structures: of each block, where scales were folded.
+
+    Raises:
+        RecipeError: the target is smaller than the layers allow.
+    """
+    with progress.task("measuring sensitivities", total=2 * len(opened.blocks)) as advance:
+        measured = sensitivities(opened, rows[:ROWS, :SEQ_LEN], advance=advance)
+    layers, tied = _layers(plan, solved, opened, files, measured, structures)
+    try:
+        allocation = allocate(layers, target_bits, tied=tied)
+    except BudgetError as error:
+        raise RecipeError(
+            f"target_bits: {error}", hint=f"--set target_bits={error.smallest:g} or more"
+        ) from error
+    counts = {
+        b: sum(w == b for w in allocation.widths.values()) for b in sorted({*allocation.widths.values()})
+    }
+    shown = ", ".join(f"{count} at {bits}" for bits, count in counts.items())
+    progress.note(f"{plan.name}: {allocation.average_bits:.3f} bits on average; layers: {shown}")
+    by_bits = {p.grid.bits: p for p in solved}
+    widths = {name: (bits, plan.grid.group_size) for name, bits in allocation.widths.items()}
+    if probe is not None:
+        plan.probe = probe.start()
+    for index in range(len(opened.blocks)):
+        folds = structures[index] if structures else Structure()
+        _assemble(plan, by_bits, index, allocation.widths, opened, probe, folds)
+    return Choice(plan, widths, allocation)
+
+
+def _layers(
+    plan: Plan,
+    solved: Sequence[Plan],
+    opened: Opened,
+    files: ModelFiles,
+    measured: Mapping[str, float],
+    structures: Sequence[Structure],
+) -> tuple[list[Layer], list[list[str]]]:
+    """What is to be decided, and which layers must decide alike."""
+    layers = []
+    for name, (out_features, in_features) in files.block_linears().items():
+        fitting = possible_widths(plan.layout, plan.grid.group_size, in_features, out_features)
+        loss = {p.grid.bits: p.writer.losses[name] for p in solved if p.grid.bits in fitting}
+        layers.append(Layer(name, out_features * in_features, loss, measured[name]))
+    tied = []
+    for index, found in enumerate(structures):
+        full = f"{opened.prefix}.{index}."
+        groups = [list(fold.layers) for fold in found.norms] + [[p.producer, p.consumer] for p in found.pairs]
+        tied += [[opened.names.on_disk(full + name) for name in group] for group in groups]
+    return layers, tied
+
+
+def _assemble(
+    plan: Plan,
+    by_bits: Mapping[int, Plan],
+    index: int,
+    widths: Mapping[str, int],
+    opened: Opened,
+    probe: Probe | None,
+    folds: Structure,
+) -> None:
+    """Write one block of the checkpoint: each layer's tensors from the block of its width."""
+    prefix = f"{opened.stored_prefix}.{index}."
+    chosen = {name.removeprefix(prefix): bits for name, bits in widths.items() if name.startswith(prefix)}
+    blocks = {bits: by_bits[bits].writer.read_block(index) for bits in {*chosen.values()}}
+    reader = layout(plan.layout)
+    tensors, result, loss = {}, BlockResult(), {}
+    for name, bits in chosen.items():
+        parts = {s: blocks[bits][f"{name}.{s}"] for s in reader.SUFFIXES if f"{name}.{s}" in blocks[bits]}
+        tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in parts.items()})
+        loss[name] = by_bits[bits].writer.losses[prefix + name]
+        codes, scales, zeros, group_of = reader.unpack(parts, bits=bits, group_size=plan.grid.group_size)
+        result.quantized[_inside(opened, index, prefix + name)] = Quantized(
+            codes, scales, zeros, group_of, bits
+        )
+    packed = {f"{name}.{suffix}" for name in chosen for suffix in reader.SUFFIXES}
+    owners = _owners(folds)
+    for key in blocks[min(blocks)].keys() - packed:
+        inside = _inside(opened, index, prefix + key)
+        owner = owners.get(inside)
+        bits = (
+            min(blocks) if owner is None else widths[opened.names.on_disk(f"{opened.prefix}.{index}.{owner}")]
+        )
+        tensors[key] = result.replaced[inside] = blocks[bits][key]
+    if plan.probe is not None and probe is not None:
+        plan.probe = probe.through(index, plan.probe, result)
+    if not plan.writer.has_block(index):
+        plan.writer.write_block(index, tensors, loss)
+
+
+def _owners(folds: Structure) -> dict[str, str]:
+    """By full name in the block: parameters that folding changes, and a layer whose width decided how."""
+    found = {}
+    for fold in folds.norms:
+        names = [f"{fold.norm}.weight", f"{fold.norm}.bias", *(f"{other}.weight" for other in fold.others)]
+        found.update(dict.fromkeys(names, fold.layers[0]))
+    found.update({f"{pair.producer}.bias": pair.producer for pair in folds.pairs})
+    return found
+
+
+def _inside(opened: Opened, index: int, stored: str) -> str:
+    """The name in the block of a module or tensor of the files."""
+    return opened.names.in_model(stored).removeprefix(f"{opened.prefix}.{index}.")

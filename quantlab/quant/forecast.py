@@ -1,0 +1,245 @@
+"""What a recipe will take, before it starts: bytes on disk, memory, seconds. From headers and measured rates (no
+torch).
+
+Size: see ``sizes``, exact but for ``bits: auto`` and bitsandbytes.
+
+Memory, in bytes, above what the process holds after its imports (CPU; on a GPU the same sums lie on the device)::
+
+    max( embedding,  block + activations + statistics + max(forward, solving) )
+
+    embedding    the largest tensor outside the blocks, as stored and in the computing type
+    block        the largest block's parameters in the computing type
+    activations  rows * seq_len * hidden in the computing type, once a stream; nothing when they lie in files
+    statistics   4 * in^2 for every distinct input of a block
+    forward      tokens at once * (4 hidden + 3 widest) in the computing type, 4 * tokens at once * widest for H
+    solving      4 * (2 in^2 + 5 rows in) for the largest set of layers that share an input, once for every grid
+
+Seconds: the operations of each step over the rate of the kind of work it is. With T tokens, a block of P weights,
+matrices [out, in]::
+
+    forwards     (2 P + 4 seq_len width) T   one for all recipes that propagate original outputs, two for each other
+    H            in^2 T                      a distinct input
+    factors      in^3                        a distinct input, Cholesky and triangular inverse
+    gptq         out in^2  and  40 out in elementwise
+    awq          (2 * 128 * steps + 16 out) in^2  and  (60 + 22 * clip steps) out in elementwise
+    rtn, fp8     12 out in elementwise
+
+The constants were fitted to measurements of this engine; expect the seconds within a factor of two, the memory within a
+quarter. Both are recorded beside what a run really took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from quantlab.models.files import ModelFiles
+from quantlab.quant.sizes import checkpoint_bytes, quantized_weights, stored_float
+from quantlab.recipe import QuantizeRecipe
+
+IDLE = 500_000_000  # bytes of a process that has imported torch and transformers
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # as the engine has it
+SCREENED, CLIP_STEPS = 128, 11  # as the AWQ search has it
+LAST = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2", "c_proj", "wo")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does a second. ``matmul``: floating point operations of products in the computing type,
+    ``exact``: in float32, ``elements``: float32 elements passed over by a simple operation, ``disk``: bytes read or
+    written."""
+
+    matmul: float
+    exact: float
+    elements: float
+    disk: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One recipe's. ``bits_per_weight`` counts everything stored, over the original parameters. ``disk_bytes`` is the
+    most on disk while it works. ``parts``: seconds by kind of work."""
+
+    size_bytes: int
+    bits_per_weight: float
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """For quantlab.json."""
+        found = asdict(self) | {
+            "seconds": round(self.seconds, 1),
+            "bits_per_weight": round(self.bits_per_weight, 4),
+        }
+        return found | {"parts": {key: round(value, 2) for key, value in self.parts.items()}}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A decoder block by its shapes. ``inputs``: for each distinct input, its width and the rows of the layers on
+    it."""
+
+    weights: int
+    parameters: int
+    inputs: tuple[tuple[int, int], ...]
+    widest: int
+
+
+def forecast(
+    recipe: QuantizeRecipe,
+    files: ModelFiles,
+    rates: Rates,
+    *,
+    device: str = "cpu",
+    spilled: bool = False,
+    shared: int = 1,
+    grids: int = 1,
+) -> Forecast:
+    """What one recipe takes.
+
+    Args:
+        spilled: activations lie in files.
+        shared: how many recipes share the calibration pass; each is charged its part of it.
+        grids: how many recipes of the same method are solved together (they add up in memory).
+    """
+    size = checkpoint_bytes(recipe, files)
+    bits = 8 * size / max(files.params, 1)
+    if recipe.method == "none":
+        return Forecast(size, bits, 0, 0, 0.0)
+    parts = _seconds(recipe, files, rates, shared)
+    memory = _memory(recipe, files, device, spilled, grids)
+    kept = 2 * _activation_bytes(recipe, files) if spilled and recipe.needs_calibration else 0
+    return Forecast(size, bits, size + kept, memory, sum(parts.values()), parts)
+
+
+def together(
+    recipes: Sequence[QuantizeRecipe],
+    files: ModelFiles,
+    rates: Rates,
+    *,
+    device: str = "cpu",
+    spilled: bool = False,
+) -> tuple[list[Forecast], float]:
+    """Each recipe's forecast when they are run together, sharing the pass over the calibration rows where they can, and
+    the seconds of all of them."""
+    sharing = [r.calibration for r in recipes if r.needs_calibration and r.propagate == "original"]
+    found = []
+    for recipe in recipes:
+        mine = recipe.needs_calibration and recipe.propagate == "original"
+        shared = sharing.count(recipe.calibration) if mine else 1
+        same = sum(other.method == recipe.method for other in recipes)
+        found.append(
+            forecast(recipe, files, rates, device=device, spilled=spilled, shared=shared, grids=same)
+        )
+    return found, sum(one.seconds for one in found)
+
+
+def actual(size_bytes: int, memory_bytes: int, seconds: float) -> dict[str, Any]:
+    """What a run really took, in the words of :meth:`Forecast.record`, to stand beside it in quantlab.json."""
+    return {"size_bytes": size_bytes, "memory_bytes": memory_bytes, "seconds": round(seconds, 1)}
+
+
+def _blocks(files: ModelFiles) -> list[_Block]:
+    prefix = files.block_prefix + "."
+    linears = files.block_linears()
+    groups: dict[str, dict[tuple[str, int, str], int]] = {}
+    parameters: dict[str, int] = {}
+    for name, info in files.tensors.items():
+        if not name.startswith(prefix):
+            continue
+        number, _, inside = name.removeprefix(prefix).partition(".")
+        parameters[number] = parameters.get(number, 0) + info.count
+        owner = name.removesuffix(".weight")
+        if owner in linears and name.endswith(".weight"):
+            rows, columns = linears[owner]
+            parent, _, leaf = inside.removesuffix(".weight").rpartition(".")
+            # What closes attention or the feed-forward has an input of its own, though its width may be the same.
+            key = (parent, columns, leaf if leaf in LAST else "")
+            group = groups.setdefault(number, {})
+            group[key] = group.get(key, 0) + rows
+    found = []
+    for number, group in groups.items():
+        inputs = tuple((columns, rows) for (_, columns, _), rows in group.items())
+        weights = sum(columns * rows for columns, rows in inputs)
+        widest = max(max(columns, rows) for columns, rows in inputs)
+        found.append(_Block(weights, parameters[number], inputs, widest))
+    return found
+
+
+def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: Rates, shared: int) -> dict[str, float]:
+    blocks = _blocks(files)
+    size = checkpoint_bytes(recipe, files)
+    parts = {"reading and writing": (files.size_bytes / shared + size) / rates.disk}
+    if recipe.method.startswith("bnb-"):
+        return parts | {"rounding": 12 * quantized_weights(files) / rates.elements}
+    layers = [(columns, rows) for block in blocks for columns, rows in block.inputs]
+    if recipe.needs_calibration:
+        tokens = recipe.calibration.rows * recipe.calibration.seq_len
+        width = _hidden(files)
+        passes = 2 if recipe.propagate == "quantized" else 1
+        attention = 4 * recipe.calibration.seq_len * width * len(blocks)
+        forward = (2 * sum(b.weights for b in blocks) + attention) * tokens
+        parts["forwards"] = passes * forward / rates.matmul / shared
+        parts["second moments"] = sum(columns**2 for columns, _ in layers) * tokens / rates.exact / shared
+    widths = len(recipe.widths)
+    weights = sum(columns * rows for columns, rows in layers)
+    if recipe.method == "gptq":
+        products = sum(columns**3 + widths * rows * columns**2 for columns, rows in layers)
+        passes_over = 40 * widths
+    elif recipe.method == "awq":
+        screened = 2 * SCREENED * recipe.search_steps if recipe.scale_search else 0
+        products = widths * sum((screened + 16 * rows) * columns**2 for columns, rows in layers)
+        passes_over = widths * (60 + (2 * CLIP_STEPS * 11 if recipe.clip_search else 0))
+    else:
+        products, passes_over = 0, 12
+    parts["solving"] = products / rates.exact + passes_over * weights / rates.elements
+    return parts
+
+
+def _memory(recipe: QuantizeRecipe, files: ModelFiles, device: str, spilled: bool, grids: int) -> int:
+    width = 4 if recipe.dtype == "float32" or (recipe.dtype == "auto" and _is_float32(files)) else 2
+    prefix = files.block_prefix + "."
+    outside = [t for name, t in files.tensors.items() if not name.startswith(prefix)]
+    largest = max((t.count for t in outside), default=0)
+    embedding = largest * width + max((t.size_bytes for t in outside), default=0)
+    if recipe.method.startswith("bnb-"):  # loaded whole, quantized as it is read
+        return IDLE + checkpoint_bytes(recipe, files) + embedding
+    blocks = _blocks(files)
+    block = max(b.parameters for b in blocks) * width
+    rows_in = max(rows * columns for b in blocks for columns, rows in b.inputs)
+    side = max(columns for b in blocks for columns, _ in b.inputs)
+    count = grids * len(recipe.widths)
+    solving = 4 * (2 * side**2 + (3 + 2 * count) * rows_in)
+    if not recipe.needs_calibration:
+        return IDLE + max(embedding, block + 4 * 4 * rows_in)
+    tokens = min(
+        max(TOKENS_AT_ONCE[device.partition(":")[0]], recipe.calibration.seq_len),
+        recipe.calibration.rows * recipe.calibration.seq_len,
+    )
+    widest = max(b.widest for b in blocks)
+    forward = tokens * (width * (4 * _hidden(files) + 3 * widest) + 4 * widest)
+    statistics = max(sum(4 * columns**2 for columns, _ in b.inputs) for b in blocks)
+    held = 0 if spilled else _activation_bytes(recipe, files)
+    return IDLE + max(embedding + held, block + held + statistics + max(forward, solving))
+
+
+def _activation_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
+    """One copy of the hidden states of all calibration rows."""
+    width = 4 if (_is_float32(files) and recipe.dtype == "auto") or recipe.dtype == "float32" else 2
+    return recipe.calibration.rows * recipe.calibration.seq_len * _hidden(files) * width
+
+
+def _is_float32(files: ModelFiles) -> bool:
+    return "F32" in {t.dtype for t in files.tensors.values()} and stored_float(files, "auto") == "F16"
+
+
+def _hidden(files: ModelFiles) -> int:
+    """Width of the hidden states: what the configuration says, else the commonest input of the blocks."""
+    said = files.config.get("hidden_size")
+    if isinstance(said, int):
+        return said
+    widths = [columns for _, columns in files.block_linears().values()]
+    return max(set(widths), key=widths.count)

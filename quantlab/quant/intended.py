@@ -1,0 +1,301 @@
+"""What a checkpoint should compute: a few token rows through the model with the weights that were meant, in float32.
+
+Two ways to the same numbers. ``Probe`` follows the walk that quantizes: it is handed each block's result while that is
+in memory, so it knows nothing of packing and files. ``streamed_logits`` reads a finished checkpoint back through the
+readers in ``quantlab.formats``, one matrix at a time. Neither ever holds more than one matrix of the model.
+
+Kernels compute products in 16 bits, so no checkpoint meets float32 logits exactly, and how far a model carries such
+errors differs from model to model (0.3 to 3 % of the logits in those measured). Therefore the rows go through twice
+at once, the second time with what enters each linear rounded to bfloat16: how far the two come apart is this model's
+measure of what rounding does, by which a difference can be judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantlab.errors import DataError
+from quantlab.formats import layout
+from quantlab.models.blocks import Opened, run_block
+from quantlab.models.borrowed import borrowed
+from quantlab.models.files import ModelFiles, TensorInfo, open_files
+from quantlab.models.tensors import read_rows, read_tensor
+from quantlab.quant.grid import Quantized
+from quantlab.quant.view import BlockResult
+
+PACKED = ("qweight", "weight_packed", "weight_scale")  # a module with one of these holds its weight packed
+
+
+class FileWeights:
+    """A model's plain tensors from its files, by their names in the skeleton, as float32.
+
+    ``stored`` is the dtype that they pass through on the way: what a checkpoint in float16 will hold of them."""
+
+    def __init__(self, opened: Opened, stored: torch.dtype | None = None) -> None:
+        self.opened, self.stored = opened, stored
+
+    def whole(self, name: str) -> torch.Tensor | None:
+        info = self._info(name)
+        return None if info is None else self._plain(read_tensor(info))
+
+    def part(self, name: str, rows: slice) -> torch.Tensor | None:
+        info = self._info(name)
+        return None if info is None else self._plain(read_tensor(info, rows))
+
+    def looked_up(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
+        info = self._info(name)
+        return None if info is None else self._plain(read_rows(info, ids.cpu()))
+
+    def _info(self, name: str) -> TensorInfo | None:
+        held = self.opened.names.stored.get(name)
+        return None if held is None else self.opened.files.tensors[held]
+
+    def _plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        kept = tensor if self.stored is None else tensor.to(self.stored)
+        return kept.to(self.opened.device, torch.float32)
+
+
+class _SolvedWeights(FileWeights):
+    """Those of a block as it was solved; what the method left alone comes from the files."""
+
+    def __init__(self, opened: Opened, stored: torch.dtype, prefix: str, result: BlockResult) -> None:
+        super().__init__(opened, stored)
+        self.prefix, self.result = prefix, result
+
+    def whole(self, name: str) -> torch.Tensor | None:
+        inside = name.removeprefix(self.prefix)
+        solved = self.result.quantized.get(inside.removesuffix(".weight"))
+        if solved is not None and inside.endswith(".weight"):
+            return solved.dequantize().to(self.opened.device)
+        if inside in self.result.replaced:
+            return self._plain(self.result.replaced[inside])
+        return super().whole(name)
+
+    def part(self, name: str, rows: slice) -> torch.Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Logits float32 [rows, tokens, vocabulary], on the CPU, and those [rows, tokens, vocabulary] that come of inputs
+    of linears rounded to bfloat16."""
+
+    logits: torch.Tensor
+    rounded: torch.Tensor
+
+
+class Probe:
+    """Token rows on their way through a model, as a plan's checkpoint will have it.
+
+    Args:
+        rows: token ids int64 [rows, tokens].
+        stored: dtype of a checkpoint's plain tensors.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        rows: torch.Tensor,
+        device: str,
+        stored: torch.dtype,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.rows, self.stored = rows, stored
+        self._opened = _Skeleton(files, device, torch.float32, trust_remote_code)
+        self._around = FileWeights(self._opened, stored)
+        with torch.no_grad(), borrowed(self._opened.model, self._around):
+            first, self._calls = self._opened.inputs(rows)
+        self._first = torch.cat([first, first])
+
+    def start(self) -> torch.Tensor:
+        """Hidden states before the first block, float32 [2 rows, tokens, hidden]: every row twice."""
+        return self._first.clone()
+
+    @torch.no_grad()
+    def through(self, index: int, hidden: torch.Tensor, result: BlockResult) -> torch.Tensor:
+        """Hidden states after block ``index`` as it was solved."""
+        prefix = f"{self._opened.prefix}.{index}."
+        block = self._opened.blocks[index]
+        weights = _SolvedWeights(self._opened, self.stored, prefix, result)
+        with borrowed(block, weights, prefix.rstrip(".")), second_half_rounded(block, hidden.shape[:2]):
+            return run_block(block, hidden, self._calls[index])
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> Expected:
+        """Last norm and head on the states after the last block."""
+        with borrowed(self._opened.model, self._around):
+            found = _after_blocks(self._opened, torch.cat([self.rows, self.rows]), hidden)
+        return Expected(*found.chunk(2))
+
+
+@contextmanager
+def second_half_rounded(module: nn.Module, shape: Sequence[int]) -> Iterator[None]:
+    """Inside, what enters a linear is rounded to bfloat16 for the second half of a batch of ``shape`` (rows, tokens).
+    Inputs that are not the whole batch in order, as those of experts, are left as they are."""
+
+    def before(linear: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        x = args[0]
+        whole = tuple(x.shape[:-1]) in (tuple(shape), (shape[0] * shape[1],))
+        if not whole:
+            return None
+        exact, rounded = x.chunk(2)
+        return (torch.cat([exact, rounded.to(torch.bfloat16).to(x.dtype)]), *args[1:])
+
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    handles = [linear.register_forward_pre_hook(before) for linear in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expected_of(checkpoint: Path, rows: torch.Tensor, trust_remote_code: bool = False) -> Expected:
+    """What a finished checkpoint should compute, from its own files: where no walk was followed."""
+    return Expected(*_streamed(checkpoint, rows, trust_remote_code, twice=True).chunk(2))
+
+
+def streamed_logits(checkpoint: Path, rows: torch.Tensor, trust_remote_code: bool = False) -> torch.Tensor:
+    """Logits float32 [rows, tokens, vocabulary] of a checkpoint as it is stored, one matrix in memory at a time, on
+    the CPU.
+
+    Raises:
+        DataError: the checkpoint's files are bad, or packed in a way that quantlab does not write.
+    """
+    return _streamed(checkpoint, rows, trust_remote_code, twice=False)
+
+
+def _streamed(checkpoint: Path, rows: torch.Tensor, trust_remote_code: bool, *, twice: bool) -> torch.Tensor:
+    files = open_files(checkpoint)
+    packed = packed_linears(files)
+    plain = {
+        n: t for n, t in files.tensors.items() if n.rpartition(".")[0] not in packed or n.endswith(".bias")
+    }
+    for name, parts in packed.items():  # a skeleton's matrix has a name of its own again
+        plain[f"{name}.weight"] = next(iter(parts.values()))
+    opened = _Skeleton(replace(files, tensors=plain), "cpu", torch.float32, trust_remote_code)
+    ids = torch.cat([rows, rows]) if twice else rows
+    rounding = second_half_rounded(opened.blocks, ids.shape) if twice else nullcontext()
+    weights = _PackedWeights(opened, files.quantized or {}, packed)
+    with torch.no_grad(), borrowed(opened.model, weights), rounding:
+        logits: torch.Tensor = opened.model(input_ids=ids, use_cache=False).logits.float()
+    return logits
+
+
+def packed_linears(files: ModelFiles) -> dict[str, dict[str, TensorInfo]]:
+    """The packed tensors of every quantized linear, by the linear's name in the files."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name in files.tensors:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in PACKED:
+            found.setdefault(owner, {})
+    for name, info in files.tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in found and leaf != "bias":
+            found[owner][leaf] = info
+    return found
+
+
+class _PackedWeights(FileWeights):
+    """A checkpoint's weights, packed ones unpacked by the reader of its layout."""
+
+    def __init__(
+        self, opened: Opened, config: Mapping[str, Any], packed: Mapping[str, Mapping[str, TensorInfo]]
+    ) -> None:
+        super().__init__(opened)
+        self.config, self.packed = config, packed
+        self.reader = layout(str(config["quant_method"])) if packed else None
+
+    def whole(self, name: str) -> torch.Tensor | None:
+        owner, _, leaf = name.rpartition(".")
+        held = self.opened.names.stored.get(name, "").removesuffix(".weight")
+        if leaf != "weight" or held not in self.packed or self.reader is None:
+            return super().whole(name)
+        parts = {key: read_tensor(info) for key, info in self.packed[held].items()}
+        bits, group_size = width_of(self.config, owner, held)
+        codes, scales, zeros, group_of = self.reader.unpack(parts, bits=bits, group_size=group_size)
+        return Quantized(codes, scales, zeros, group_of, bits).dequantize()
+
+    def part(self, name: str, rows: slice) -> torch.Tensor | None:
+        held = self.opened.names.stored.get(name, "").removesuffix(".weight")
+        return None if held in self.packed else super().part(name, rows)
+
+
+def width_of(config: Mapping[str, Any], *names: str) -> tuple[int, int]:
+    """Bits and group size of a linear, which goes by ``names``, in a ``quantization_config``."""
+    groups = config.get("config_groups")
+    if groups is None:
+        return int(config["bits"]), int(config["group_size"])
+    chosen = [g for g in groups.values() if set(names) & set(g["targets"])]
+    chosen += [g for g in groups.values() if "Linear" in g["targets"]]
+    if not chosen:
+        raise DataError(f"no group of the quantization_config is for {names[0]}")
+    size = chosen[0]["weights"].get("group_size")
+    return int(chosen[0]["weights"]["num_bits"]), -1 if size is None else int(size)
+
+
+class _Skeleton(Opened):
+    """An opened model that holds no weights: all of them are borrowed while they are needed."""
+
+    def fill(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
+        for child in module.modules() if recurse else [module]:
+            for name, parameter in child._parameters.items():
+                if parameter is not None:  # nothing of no size, which can be moved to a device
+                    child._parameters[name] = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def empty(self, module: nn.Module) -> None:
+        pass
+
+
+def _after_blocks(opened: Opened, rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's forward pass with ``hidden`` for what its blocks return."""
+    for packed in (
+        False,
+        True,
+    ):  # blocks return a tensor, in older models a tuple of which the first is taken
+        stand = [_Stand(hidden if i == 0 else None, packed) for i in range(len(opened.blocks))]
+        for block, one in zip(opened.blocks, stand, strict=True):
+            block.forward = one  # type: ignore[assignment]
+        try:
+            found = opened.model(input_ids=rows.to(opened.device), use_cache=False).logits
+        except _Indexed:
+            continue
+        finally:
+            for block in opened.blocks:
+                block.__dict__.pop("forward", None)
+        if found.dim() == 3 and len(found) == len(rows):
+            logits: torch.Tensor = found.to("cpu", torch.float32)
+            return logits
+    raise DataError(f"{opened.files.name}: its forward pass does not go through its decoder blocks once each")
+
+
+class _Indexed(Exception):
+    """A block's output was indexed: it should have been a tuple."""
+
+
+class _Stand:
+    """What a block is replaced by: the first one returns the given states, the others what they get."""
+
+    def __init__(self, hidden: torch.Tensor | None, packed: bool) -> None:
+        self.hidden, self.packed = hidden, packed
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden_states.dim() < 3:
+            raise _Indexed
+        out = hidden_states if self.hidden is None else self.hidden
+        return (out,) if self.packed else out
+
+
+def probe_rows(rows: torch.Tensor | None, vocabulary: int, count: int = 2, tokens: int = 64) -> torch.Tensor:
+    """Short rows to prove a checkpoint on: the beginnings of the first calibration rows, or, where there are none,
+    tokens drawn with a fixed seed. int64 [count, tokens]."""
+    if rows is not None and len(rows) >= count:
+        return rows[:count, :tokens].clone()
+    return torch.randint(0, vocabulary, (count, tokens), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,89 @@
+"""A decoder block as methods see it: weights, statistics, and what may be moved between its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantlab.models.blocks import Call, linears
+from quantlab.models.structure import Structure, signature, structure
+from quantlab.quant.statistics import Moments
+from quantlab.quant.view import BlockView, NormInput
+
+
+class Structures:
+    """The structure of each kind of block, found once on a few probing tokens."""
+
+    def __init__(self, hidden: torch.Tensor, calls: list[Call]) -> None:
+        self.hidden, self.calls = hidden, calls
+        self._known: dict[Any, Structure] = {}
+
+    def of(self, index: int, block: nn.Module) -> Structure:
+        key = signature(block)
+        if key not in self._known:
+            self._known[key] = structure(block, self.hidden, self.calls[index])
+        return self._known[key]
+
+
+def view(
+    block: nn.Module,
+    moments: list[Moments],
+    found: Structure | None = None,
+    cache: dict[Any, Any] | None = None,
+) -> BlockView:
+    """The block as methods see it. ``found`` is its structure, where a method asks for one."""
+    layers = linears(block)
+    stored = {name: layer.weight.detach() for name, layer in layers.items()}
+    if found is None:
+        return BlockView(stored, moments, cache=cache)
+    inputs = {}
+    for fold in found.norms:
+        module = block.get_submodule(fold.norm)
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        inputs[fold.norm] = NormInput(weight.detach(), norm_offset(module))
+    matrices = {f"{name}.weight" for name in layers}
+    plain = {name: p.detach() for name, p in block.named_parameters() if name not in matrices}
+    return BlockView(stored, moments, found, inputs, plain, cache)
+
+
+def norm_offset(norm: nn.Module) -> float:
+    """1 where the norm multiplies by ``1 + weight`` (Gemma), else 0: told by running it with a zero weight."""
+    weight = norm.weight
+    assert isinstance(weight, nn.Parameter)
+    norm._parameters["weight"] = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
+    probe = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype)
+    try:
+        out = norm(probe[None])
+        bias = getattr(norm, "bias", None)
+        return 0.0 if torch.equal(out[0], torch.zeros_like(probe) if bias is None else bias) else 1.0
+    finally:
+        norm._parameters["weight"] = weight
+
+
+@contextmanager
+def weights_in_place(block: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The block with other values of some parameters (names in the block); restored afterwards."""
+    originals: dict[str, nn.Parameter | None] = {}
+    try:
+        for name, value in values.items():
+            owner, _, leaf = name.rpartition(".")
+            held = block.get_submodule(owner)._parameters
+            originals[name] = known = held[leaf]
+            assert known is not None
+            held[leaf] = nn.Parameter(value.to(known.device, known.dtype), requires_grad=False)
+        yield
+    finally:
+        for name, parameter in originals.items():
+            owner, _, leaf = name.rpartition(".")
+            block.get_submodule(owner)._parameters[leaf] = parameter
+
+
+def stored_buffers(block: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Buffers that belong into a checkpoint."""
+    state = block.state_dict()
+    return [(n, b) for n, b in block.named_buffers() if n in state]

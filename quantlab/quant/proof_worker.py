@@ -1,0 +1,94 @@
+"""The fresh process of ``proof``: told on stdin which checkpoints to load, writes their logits beside a description.
+
+    python -m quantlab.quant.proof_worker < questions.json
+
+For each question ``<answer>.json`` (how it was loaded, seconds, peak memory, or the error) and
+``<answer>.safetensors`` (the logits). Checkpoints are loaded one after the other; nothing of one is left when the
+next is loaded. Dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import MachineError, QuantlabError
+
+
+def main() -> None:
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed run leaves no process behind
+        if os.getppid() != parent:
+            return
+    asked = json.load(sys.stdin)
+    os.dup2(2, 1)  # libraries that print
+    import torch
+
+    from quantlab.models.memory import peak_resident, resident, trim
+
+    torch.set_num_threads(int(asked["threads"]))
+    rows = torch.tensor(asked["rows"], dtype=torch.int64)
+    _imports(any(question["how"] == "transformers" for question in asked["questions"]))
+    for question in asked["questions"]:
+        trim()
+        before, started = resident(), time.perf_counter()
+        answer = {"how": question["how"], "why": question["why"]}
+        path = Path(question["answer"])
+        try:
+            logits, answer["dtype"] = _logits(question, rows, asked)
+            from safetensors.torch import save_file
+
+            save_file({"logits": logits}, path.with_suffix(".safetensors"))
+            del logits
+        except MachineError as error:
+            answer |= {"error": str(error), "missing": True}
+        except (QuantlabError, RuntimeError, ValueError, KeyError, OSError, NotImplementedError) as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+        answer |= {"seconds": time.perf_counter() - started, "peak_bytes": max(peak_resident() - before, 0)}
+        gc.collect()
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps(answer), encoding="utf-8")
+        os.replace(beside, path.with_suffix(".json"))
+
+
+def _imports(kernels: bool) -> None:
+    """What an idle process has too, so that it does not count as memory of a checkpoint."""
+    import transformers.modeling_utils  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    if kernels:
+        from quantlab.models.load import quiet_libraries
+
+        quiet_libraries()
+
+
+def _logits(question: Mapping[str, Any], rows: Any, asked: Mapping[str, Any]) -> tuple[Any, str]:
+    """Logits float32 [rows, tokens, vocabulary] on the CPU, and the dtype of what is between the products."""
+    import torch
+
+    checkpoint, trust = Path(question["checkpoint"]), bool(asked["trust_remote_code"])
+    if question["how"] == "streamed":
+        from quantlab.quant.intended import streamed_logits
+
+        return streamed_logits(checkpoint, rows, trust), "float32"
+    from quantlab.models.load import load_subject
+
+    device = str(asked["device"])
+    wish = "float32" if device == "cpu" else "auto"
+    model = load_subject(checkpoint, device=device, dtype=wish, trust_remote_code=trust).model
+    with torch.no_grad():
+        found = model(input_ids=rows.to(model.device), use_cache=False).logits
+    return found.to("cpu", torch.float32), str(model.dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""How large a checkpoint will be, told from a model's headers alone (no torch): the tensors that each layout has for a
+linear, and the files they will lie in.
+
+For ``out`` outputs, ``in`` inputs, ``b`` bits and ``G = in / group_size`` groups (1 for group size -1), in bits:
+
+==================  ===================================================================================
+gptq                ``out in b`` codes, ``16 out G`` scales, ``out G b`` zeros, ``32 in`` group indices
+awq                 ``out in 4`` codes, ``16 out G`` scales, ``out G 4`` zeros
+compressed-tensors  ``32 out ceil(in b / 32)`` codes, ``16 out G`` scales, 128 for the shape
+fp8                 ``8 out in`` codes, ``16 out`` scales
+==================  ===================================================================================
+
+Everything else keeps its size in the model's 16-bit type; headers are computed as they will be written. Exact for what
+quantlab packs itself; for ``bits: auto`` the average width is taken for every layer, and for bitsandbytes the few
+hundred bytes of description a layer are approximate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from quantlab.models.files import ModelFiles, TensorInfo
+from quantlab.models.header import Entry, file_bytes
+from quantlab.recipe import QuantizeRecipe
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def checkpoint_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
+    """Bytes of the weight files that a recipe makes of a model."""
+    if recipe.method == "none":
+        return files.size_bytes
+    if recipe.method.startswith("bnb-"):
+        return file_bytes(_bitsandbytes(recipe, files))
+    if recipe.bits != "auto":
+        return _packed_bytes(recipe, files, recipe.bits)
+    low, high = min(recipe.widths), max(recipe.widths)
+    share = (recipe.average_bits - low) / (high - low)  # the size is linear in the average width
+    return round((1 - share) * _packed_bytes(recipe, files, low) + share * _packed_bytes(recipe, files, high))
+
+
+def quantized_weights(files: ModelFiles) -> int:
+    """How many weights a recipe rounds: those of the linears in the blocks."""
+    return sum(a * b for a, b in files.block_linears().values())
+
+
+def stored_float(files: ModelFiles, wish: str) -> str:
+    """The type of a checkpoint's plain tensors: the model's, float16 for float32, in which no kernel computes."""
+    kinds = Counter(t.dtype for t in files.tensors.values() if t.dtype in FLOATS[1:])
+    found = NAMES[wish] if wish != "auto" else kinds.most_common(1)[0][0] if kinds else "F32"
+    return "F16" if found == "F32" else found
+
+
+def packed_entries(
+    layout: str, shape: tuple[int, int], bits: int, group_size: int, plain: str, *, floating: bool = False
+) -> dict[str, Entry]:
+    """Types and shapes of the tensors of a linear [out, in]; ``plain`` is the type of plain tensors."""
+    rows, columns = shape
+    groups = 1 if group_size == -1 else columns // group_size
+    if layout == "gptq":
+        return {
+            "qweight": ("I32", (columns * bits // 32, rows)),
+            "qzeros": ("I32", (groups, rows * bits // 32)),
+            "scales": ("F16", (groups, rows)),
+            "g_idx": ("I32", (columns,)),
+        }
+    if layout == "awq":
+        return {
+            "qweight": ("I32", (columns, rows * bits // 32)),
+            "qzeros": ("I32", (groups, rows * bits // 32)),
+            "scales": ("F16", (groups, rows)),
+        }
+    if floating:
+        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": (plain, (rows, 1))}
+    return {
+        "weight_packed": ("I32", (rows, -(-columns * bits // 32))),
+        "weight_scale": (plain, (rows, groups)),
+        "weight_shape": ("I64", (2,)),
+    }
+
+
+def _packed_bytes(recipe: QuantizeRecipe, files: ModelFiles, bits: int) -> int:
+    """One file a block, and one for the rest."""
+    linears, prefix = files.block_linears(), files.block_prefix + "."
+    plain = stored_float(files, recipe.dtype)
+    parts: dict[str, dict[str, Entry]] = {}
+    for name, info in files.tensors.items():
+        part = parts.setdefault(_block_of(name, prefix), {})
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and owner in linears:
+            floating = recipe.method == "fp8"
+            packed = packed_entries(
+                recipe.format, linears[owner], bits, recipe.group_size, plain, floating=floating
+            )
+            part.update({f"{owner}.{key}": entry for key, entry in packed.items()})
+        else:
+            part[name] = _as_plain(info, plain)
+    return sum(file_bytes(part) for part in parts.values())
+
+
+def _block_of(name: str, prefix: str) -> str:
+    """The number of the block that a tensor belongs to, empty outside the blocks."""
+    return name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+
+
+def _as_plain(info: TensorInfo, plain: str) -> Entry:
+    return (plain if info.dtype in FLOATS else info.dtype), info.shape
+
+
+def _bitsandbytes(recipe: QuantizeRecipe, files: ModelFiles) -> dict[str, Entry]:
+    """int8: codes and one scale a row. 4 bits: codes, a scale every 64 weights, tables; scales twice quantized have one
+    byte each and a float32 scale every 256 of them. One file, every linear but the head."""
+    linears = files.block_linears()
+    plain = {"float32": "F32"}.get(recipe.dtype, stored_float(files, recipe.dtype))
+    found: dict[str, Entry] = {}
+    for name, info in files.tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf != "weight" or owner not in linears:
+            found[name] = _as_plain(info, plain)
+            continue
+        rows, columns = linears[owner]
+        if recipe.method == "bnb-int8":
+            found |= {
+                name: ("I8", (rows, columns)),
+                f"{owner}.SCB": ("F32", (rows,)),
+                f"{owner}.weight_format": ("U8", ()),
+            }
+            continue
+        scales = -(-rows * columns // 64)
+        kind = recipe.method.removeprefix("bnb-")
+        found |= {
+            name: ("U8", (rows * columns // 2, 1)),
+            f"{name}.absmax": ("U8" if recipe.double_quant else "F32", (scales,)),
+            f"{name}.quant_map": ("F32", (16,)),
+            f"{name}.quant_state.bitsandbytes__{kind}": ("U8", (90,)),
+        }
+        if recipe.double_quant:
+            found[f"{name}.nested_absmax"] = ("F32", (-(-scales // 256),))
+            found[f"{name}.nested_quant_map"] = ("F32", (256,))
+    return found
