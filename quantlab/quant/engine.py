@@ -119,26 +119,38 @@ def open_walk(
     for plan in plans:
         if plan.propagate == "quantized":
             wanted.append(([plan], True, plan.writer.scratch / "activations" if spill else None))
-    if rows is None or (reuse is not None and len(wanted) == 1 and shared):
-        walk.streams = [Stream(None, list(plans), False)]
-        return walk
     fresh: list[Activations] = []
-    hidden, walk.calls = opened.inputs(rows[:2])
+    first_states: torch.Tensor | None = None  # of two rows, which is enough to know how blocks are called
     for members, quantized, folder in wanted:
+        first = min(p.writer.first_missing() for p in members)
+        if rows is None or first == len(opened.blocks) or (reuse is not None and not quantized):
+            walk.streams.append(Stream(None, members, quantized))
+            continue
+        if first_states is None:
+            first_states, walk.calls = opened.inputs(rows[:2])
         states = Activations.resume(folder, key or {}, device=opened.device) if folder else None
+        if states is not None and states.step > first + 1:  # a plan joined that lacks earlier blocks
+            states.remove()
+            states = None
         if states is None:
-            shape = (*rows.shape, hidden.shape[-1])
-            states = Activations.make(shape, hidden.dtype, spill=folder, device=opened.device, key=key)
+            shape = (*rows.shape, first_states.shape[-1])
+            states = Activations.make(shape, first_states.dtype, spill=folder, device=opened.device, key=key)
             fresh.append(states)
         walk.streams.append(Stream(states, members, quantized))
-    for part in batches(len(rows), ROWS_EMBEDDED) if fresh else ():
+    if rows is not None and fresh:
+        _embed(opened, rows, fresh)
+    return walk
+
+
+def _embed(opened: Opened, rows: torch.Tensor, fresh: Sequence[Activations]) -> None:
+    """Fill states with what the first block gets."""
+    for part in batches(len(rows), ROWS_EMBEDDED):
         hidden = opened.inputs(rows[part])[0]
         for states in fresh:
             states.write(part, hidden)
-    del hidden
+        del hidden
     for states in fresh:
         states.commit()  # step 1: before block 0
-    return walk
 
 
 @torch.no_grad()
@@ -150,15 +162,16 @@ def quantize_blocks(opened: Opened, walk: Walk, progress: Progress) -> None:
     total = len(opened.blocks)
     with progress.task(f"quantizing {total} blocks", total=total) as advance:
         for index in range(total):
-            if any(_needed(walk, stream, index, index == total - 1) for stream in walk.streams):
+            last = index == total - 1
+            needed = [stream for stream in walk.streams if _needed(stream, index, last)]
+            if needed:
                 block = opened.block(index)
-                for stream in walk.streams:
-                    if _needed(walk, stream, index, index == total - 1):
-                        _Step(opened, walk, index, block).run(stream, last=index == total - 1)
+                for stream in needed:
+                    _Step(opened, walk, index, block).run(stream, last=last)
                 opened.empty(block)
                 trim()
-            else:
-                for plan in (p for stream in walk.streams for p in stream.plans if p.probe is not None):
+            for plan in (p for stream in walk.streams if stream not in needed for p in stream.plans):
+                if plan.probe is not None:
                     plan.probe = plan.writer.kept(index)["probe"].to(opened.device)
             advance(1)
     for stream in walk.streams:
@@ -166,8 +179,8 @@ def quantize_blocks(opened: Opened, walk: Walk, progress: Progress) -> None:
             stream.states.remove()
 
 
-def _needed(walk: Walk, stream: Stream, index: int, last: bool) -> bool:
-    """Whether a stream has anything to do with a block: plans to solve, states or probes to move on."""
+def _needed(stream: Stream, index: int, last: bool) -> bool:
+    """Whether a stream has anything to do with a block: plans to solve, or states to move on."""
     if any(not p.writer.has_block(index) for p in stream.plans):
         return True
     return stream.states is not None and not last and stream.states.step <= index + 1
@@ -186,7 +199,7 @@ class _Step:
         states, pending = stream.states, [p for p in stream.plans if not p.writer.has_block(self.index)]
         behind = (
             states is not None and states.step <= self.index + 1
-        )  # these states are still before this block
+        )  # the states are still before this block
         moments = self._moments(stream, pending, behind, last)
         follow = states if stream.quantized and behind and not last else None
         for plan in stream.plans:

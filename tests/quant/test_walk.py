@@ -159,3 +159,29 @@ def test_the_smallest_target_is_all_layers_at_the_smallest_width(
 ) -> None:
     wide = recipe(calibration_file, bits="auto", target_bits=2.0)
     assert run(tiny, tmp_path, {"two": wide})["two"].widths["average_bits"] == 2.0
+
+
+def test_a_recipe_that_joins_a_resumed_run_gets_all_its_blocks(
+    tiny: Path, calibration_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states kept by the interrupted run are ahead of what the new recipe needs."""
+    from quantlab.quant.checkpoint import CheckpointWriter
+
+    wanted = {k: v for k, v in six(calibration_file).items() if k in ("g3", "own", "awq")}
+    run(tiny, tmp_path / "whole", wanted, prove=True, memory_limit=10**9)
+    plain = CheckpointWriter.write_block
+
+    def until_the_last(self: CheckpointWriter, index: int, *args: Any, **keys: Any) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+        plain(self, index, *args, **keys)
+
+    monkeypatch.setattr(CheckpointWriter, "write_block", until_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            tiny, tmp_path / "cut", {"g3": wanted["g3"], "own": wanted["own"]}, prove=True, memory_limit=10**9
+        )
+    monkeypatch.undo()
+    run(tiny, tmp_path / "cut", wanted, prove=True, memory_limit=10**9, resume=True)
+    for name in wanted:
+        assert shards(tmp_path / "cut" / name) == shards(tmp_path / "whole" / name), name
