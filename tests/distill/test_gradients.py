@@ -124,7 +124,7 @@ def test_gptq_layout_before_and_after_an_evaluation(
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
             parts = {suffix: stored[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES}
-            yield name, Quantized(*gptq.unpack(parts, bits=bits, group_size=32)).dequantize()
+            yield name, Quantized(*gptq.unpack(parts, bits=bits, group_size=32), bits).dequantize()
 
     expected = gradient(with_adapters(plain_copy(tiny, weights())))
     # By name: peft's "all-linear" does not know gptqmodel's layers.
