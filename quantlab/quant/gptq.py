@@ -70,42 +70,59 @@ def prepare(
         dead = torch.zeros_like(dead)
         hessian, diagonal = torch.eye(len(hessian), device=hessian.device), torch.ones_like(diagonal)
     order = column_order(diagonal, width, act_order)
-    h = hessian[order][:, order] if act_order is not False else hessian.clone()
+    back = order.flip(0)  # what is factorised has its rows and columns reversed
+    reversed_hessian = hessian[back[:, None], back]
     if dead.any():
-        index = torch.nonzero(dead[order])[:, 0]
-        h[index, index] = 1.0
-    factor, damping = damped_factor(h, damp)
+        index = torch.nonzero(dead[back])[:, 0]
+        reversed_hessian[index, index] = 1.0
+    factor, damping = _damped_factor(reversed_hessian, damp)
     return Prepared(order, dead, factor, damping)
 
 
 def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """The factor of :func:`damped_factor` alone."""
-    return damped_factor(hessian, damp)[0]
+    """Upper Cholesky factor U of the damped inverse, ``(H + l I)^-1 = U^T U`` with ``l = damp * mean(diag H)``.
 
-
-def damped_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
-    """Upper Cholesky factor U of the damped inverse, ``(H + l I)^-1 = U^T U``, and ``l = damp * mean(diag H)``.
-
-    With J the reversal of rows and columns, ``J (H + l I) J = L L^T`` gives ``H + l I = V V^T`` for the upper
-    triangular ``V = J L J``, hence ``U = V^-1``: one factorisation and one triangular inverse, and H is never inverted.
-    Too little damping for float32 shows as a failed factorisation; it is then doubled, at most 12 times.
+    Raises:
+        ValueError: as :func:`prepare`.
     """
-    if not torch.isfinite(hessian).all():
+    return _damped_factor(hessian.flip(0, 1), damp)[0]
+
+
+def _damped_factor(matrix: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
+    """The factor U of :func:`inverse_factor` and ``l``, from H with rows and columns reversed (used up).
+
+    With J the reversal, ``J (H + l I) J = L L^T`` gives ``H + l I = V V^T`` for the upper triangular ``V = J L J``,
+    hence ``U = V^-1``: one factorisation and one triangular inverse in place, and H is never inverted. Too little
+    damping for float32 shows as a failed factorisation; it is then doubled, at most 12 times.
+    """
+    if not torch.isfinite(matrix).all():
         raise ValueError("the second moments hold NaN or infinite values: the model's activations overflow")
-    flipped = hessian.flip(0, 1)
-    diagonal = torch.diagonal(flipped)
+    diagonal = torch.diagonal(matrix)
     plain, mean = diagonal.clone(), float(diagonal.mean())
     for _ in range(12):
         diagonal.copy_(plain + damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(flipped)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            del flipped, diagonal
-            upper = lower.flip(0, 1)
+            matrix.copy_(lower.flip(0, 1))
             del lower
-            eye = torch.eye(len(upper), device=upper.device)
-            return torch.linalg.solve_triangular(upper, eye, upper=True, out=eye), damp * mean
+            _invert_upper(matrix)
+            return matrix, damp * mean
         damp *= 2
     raise ValueError("the second moments are not positive definite, even strongly damped")
+
+
+def _invert_upper(upper: torch.Tensor, smallest: int = 256) -> None:
+    """Invert an upper triangular matrix in place: ``[[A, B], [0, D]]^-1 = [[A^-1, -A^-1 B D^-1], [0, D^-1]]``."""
+    n = len(upper)
+    if n <= smallest:
+        eye = torch.eye(n, device=upper.device)
+        upper.copy_(torch.linalg.solve_triangular(upper, eye, upper=True))
+        return
+    half = n // 2
+    _invert_upper(upper[:half, :half], smallest)
+    _invert_upper(upper[half:, half:], smallest)
+    corner = upper[:half, half:]
+    corner.copy_((upper[:half, :half] @ corner).neg_() @ upper[half:, half:])
 
 
 def solve_gptq(

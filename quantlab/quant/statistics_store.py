@@ -68,7 +68,7 @@ class StatisticsStore:
         if missing:
             raise DataError(
                 f"{folder}: statistics of block {missing[0]} are missing ({len(missing)} of {blocks})",
-                hint="the run that gathered them was interrupted: start it anew with --save-statistics, without --resume",
+                hint="the run that gathered them was interrupted: start it anew, without --resume",
             )
         return store
 
