@@ -15,11 +15,15 @@ the same method and bits. n/a: the tool has no such thing, or failed (the reason
 4 bits only; autoawq's layout too, so at 3 bits its own search and rounding are stored as plain weights. Both clip only
 layers whose outputs are a multiple of 64: elsewhere autoawq runs without clipping, gptqmodel not at all. Writes
 results/benchmarks/quality-vs-peers.json after each model.
+
+With `--float32`, the default on CPUs that multiply no 16-bit numbers, the peers start from a float32 copy of the model
+and compute in float32, as quantlab does there by itself: in the stored type they would take ten times as long.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import statistics
@@ -29,9 +33,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peers import machine
 from peers.bench import CACHE, HERE, Bench
-from peers.variants import BITS, Subject, Variant, halves, own_variants, peer_variants
+from peers.variants import BITS, ORDERS, Subject, Variant, halves, own_variants, peer_variants
+
+from quantlab.models.precision import cpu_multiplies
 
 SHARED = HERE.parents[1] / "shared" / "data"
 
@@ -64,6 +71,13 @@ class Judge:
         self.loaded = load_subject(subject.model, device="cpu", dtype="float32")
         self.options = PerplexityOptions(source=subject.test, seq_len=subject.seq_len, max_tokens=test_tokens)
         self.original = self._perplexity()
+        self.pristine = copy.deepcopy(self.loaded.model)
+
+    def save(self, folder: Path) -> None:
+        """A float32 copy of the original."""
+        if not folder.is_dir():
+            self.pristine.save_pretrained(folder)
+            self.loaded.tokenizer.save_pretrained(folder)
 
     def _perplexity(self) -> float:
         from quantlab.evals.perplexity import evaluate
@@ -126,7 +140,7 @@ class Comparison:
             "source": self.subject.calibration, "rows": self.args.rows, "seq_len": self.subject.seq_len, "seed": seed,
         }  # fmt: skip
         jobs: dict[Variant, Job] = {}
-        for variant in own_variants(self.subject.group_size):
+        for variant in own_variants(self.subject.group_size, self.args.orders):
             assert variant.recipe is not None
             content = json.dumps({"kind": "quantize", **variant.recipe, "calibration": calibration})
             try:
@@ -149,11 +163,18 @@ class Comparison:
         from quantlab.models.files import open_files
 
         files = open_files(self.subject.model)
+        model = files.path.resolve()
+        if self.args.float32:
+            model = self.folder / "float32"
+            self.judge.save(model)
         clip = all(outputs % 64 == 0 for outputs, _ in files.block_linears().values())
-        variants = [v for v in peer_variants(self.subject.group_size, clip) if v.tool == tool]
+        variants = [
+            v for v in peer_variants(self.subject.group_size, clip, self.args.orders) if v.tool == tool
+        ]
         jobs = [
             {
-                "tool": tool, "model": str(files.path.resolve()), "rows": str(rows), "device": "cpu",
+                "tool": tool, "model": str(model), "rows": str(rows), "device": "cpu",
+                "dtype": "float32" if self.args.float32 else "auto",
                 "out": str(self.folder / v.name), "result": str(self.folder / f"{v.name}.json"), **(v.settings or {}),
             }
             for v in variants
@@ -260,14 +281,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test-tokens", type=int, default=60000)
+    parser.add_argument(
+        "--orders", nargs="+", choices=list(ORDERS), default=list(ORDERS), help="of GPTQ's columns"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--venvs", type=Path, default=CACHE)
     parser.add_argument("--work", type=Path, default=CACHE / "work")
     parser.add_argument(
         "--out", type=Path, default=HERE.parent / "results" / "benchmarks" / "quality-vs-peers.json"
     )
+    parser.add_argument("--float32", action=argparse.BooleanOptionalAction, help="what the peers compute in")
     args = parser.parse_args()
     args.device, args.python = "cpu", sys.executable
+    if args.float32 is None:
+        args.float32 = not cpu_multiplies(torch.bfloat16)
     return args
 
 
@@ -277,10 +304,11 @@ def main() -> None:
     for tool in ("gptqmodel", "autoawq"):
         if tool not in args.skip:
             bench.interpreter(tool)
-    import torch
-
     torch.set_num_threads(args.threads)
-    content: dict[str, Any] = {"machine": machine.describe(), "seeds": args.seeds, "models": []}
+    content: dict[str, Any] = {
+        "machine": machine.describe(), "seeds": args.seeds, "peers_compute_in": "float32" if args.float32 else "auto",
+        "models": [],
+    }  # fmt: skip
     for subject in subjects(args):
         comparison = Comparison(subject, bench, args)
         comparison.run()

@@ -43,7 +43,6 @@ TRAINED = (
     "evaluate=[perplexity, text2sql, speed]",
     "data.filters=[parses, select, binds]",
     "train.max_steps=168",
-    "train.precision=bfloat16",
     "train.eval_share=0.0",
     "train.save_every=84",
 )
@@ -74,7 +73,7 @@ def run(out: Path, *, as_json: bool = False) -> None:
         and not any((out / name).exists() for name in ("runs", "student", "student.partial", "data"))
     ):
         raise RecipeError(f"{out} already holds something else", hint="--out writes elsewhere")
-    lesson = load_recipe(find_recipe(DISTILL), TRAINED)
+    lesson = load_recipe(find_recipe(DISTILL), (*TRAINED, f"train.precision={_precision()}"))
     assert isinstance(lesson, DistillRecipe)
     recipes = quantize_recipes()
     started = time.monotonic()
@@ -105,6 +104,15 @@ def run(out: Path, *, as_json: bool = False) -> None:
     ]
     summary |= {"student": student, "held_out": game, "seconds": round(time.monotonic() - started, 1)}
     _finish(summary, out, as_json=as_json)
+
+
+def _precision() -> str:
+    """What the student is trained in: bfloat16 saves a third of the time, on CPUs that multiply it."""
+    import torch
+
+    from quantlab.models.precision import cpu_multiplies
+
+    return "bfloat16" if cpu_multiplies(torch.bfloat16) else "float32"
 
 
 def quantize_recipes() -> list[tuple[str, QuantizeRecipe]]:

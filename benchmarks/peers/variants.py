@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,13 @@ class Variant:
         )
 
 
-def own_variants(group_size: int) -> Iterator[Variant]:
-    """quantlab's."""
+def own_variants(group_size: int, orders: Sequence[str] = tuple(ORDERS)) -> Iterator[Variant]:
+    """quantlab's, with these of :data:`ORDERS`."""
     for bits in BITS:
         common = {"bits": bits, "group_size": group_size}
         for propagate in ("original", "quantized"):
-            for order, shown in ORDERS.items():
+            for order in orders:
+                shown = ORDERS[order]
                 ordered: dict[str, Any] = {"act_order": {"none": False, "group": "group"}.get(order, True)}
                 if order == "static":
                     ordered["static_groups"] = True
@@ -60,11 +61,12 @@ def own_variants(group_size: int) -> Iterator[Variant]:
             yield Variant("quantlab", "awq", bits, propagate, recipe)
 
 
-def peer_variants(group_size: int, clip: bool) -> Iterator[Variant]:
+def peer_variants(group_size: int, clip: bool, orders: Sequence[str] = tuple(ORDERS)) -> Iterator[Variant]:
     """The peers', as far as they can. ``clip``: whether autoawq can clip this model's layers."""
     for bits in BITS:
         common = {"bits": bits, "group_size": group_size, "damp": 0.01, "act_order": "none"}
-        for order, shown in ORDERS.items():
+        for order in orders:
+            shown = ORDERS[order]
             settings = common | {"method": "gptq", "symmetric": True, "act_order": order}
             yield Variant("gptqmodel", "gptq", bits, f"act_order={shown}", settings=settings)
         if bits == 4:

@@ -197,7 +197,8 @@ def autoawq(spec: Spec, clock: Clock) -> None:
 
     rows = read_rows(spec)
     clock.imported()
-    model = AutoAWQForCausalLM.from_pretrained(spec["model"])
+    wish = {"torch_dtype": torch.float32} if spec.get("dtype") == "float32" else {}
+    model = AutoAWQForCausalLM.from_pretrained(spec["model"], **wish)
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     clock.lap("load")
     settings = {

@@ -114,10 +114,11 @@ def _machine(wish: str) -> tuple[str, int]:
 def _measure(device: str, files: ModelFiles, options: Options) -> Rates:
     import torch
 
+    from quantlab.models.precision import computed_in
     from quantlab.quant.rates import measure
 
     kind = stored_float(files, "auto")
-    return measure(device, getattr(torch, TORCH[kind]))
+    return measure(device, computed_in(getattr(torch, TORCH[kind]), device))
 
 
 def _size(count: float) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 
 from quantlab.errors import DataError, MachineError
 from quantlab.models.files import ModelFiles, open_files
-from quantlab.models.load import load_subject, packed_as, pick_device
+from quantlab.models.load import compute_bnb_in, load_subject, packed_as, pick_device
 from quantlab.quant.bnb import bnb_config
 
 UNIT_ROWS = 1024  # unit vectors sent through a layer at once when its weights are read
@@ -99,7 +99,7 @@ def open_student(
     )
     model = subject.model
     if files.quantized is not None:
-        _compute_in(model, compute)
+        compute_bnb_in(model, compute)
     model.config.use_cache = False
     torch.manual_seed(seed)
     if mode == "full":
@@ -108,13 +108,6 @@ def open_student(
         model = _adapt(model, r, alpha, dropout, targets, rslora)
     model.train()
     return Student(model, subject.tokenizer, files, place, precision, quantized)
-
-
-def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """bitsandbytes layers compute in the type that their checkpoint was made with, unless told."""
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype
 
 
 def _adapt(model: Any, r: int, alpha: int, dropout: float, targets: str | Sequence[str], rslora: bool) -> Any:
@@ -166,7 +159,7 @@ def settle(student: Student) -> Any:
     with contextlib.suppress(ValueError):  # training may have used its own attention
         inner.set_attn_implementation("sdpa")
     if student.quantized:
-        _compute_in(model, torch.float32)
+        compute_bnb_in(model, torch.float32)
         return model
     return model.float()
 

@@ -35,18 +35,23 @@ class Opened:
     """The skeleton of a causal language model and the means to fill it piece by piece.
 
     ``prefix`` is the dotted name of the block list in the skeleton, ``stored_prefix`` the same in the files,
-    ``blocks`` the list itself, ``dtype`` what it computes in, ``names`` the translation between the skeleton and the
-    files.
+    ``blocks`` the list itself, ``dtype`` what it computes in, ``stored`` what its weights are kept in (the same unless
+    told), ``names`` the translation between the skeleton and the files.
 
     Raises:
         DataError: no causal language model, or one whose weights are not linears with files of their own.
     """
 
     def __init__(
-        self, files: ModelFiles, device: str, dtype: torch.dtype, trust_remote_code: bool = False
+        self,
+        files: ModelFiles,
+        device: str,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        stored: torch.dtype | None = None,
     ) -> None:
         refuse_unfit(files)
-        self.files, self.device, self.dtype = files, torch.device(device), dtype
+        self.files, self.device, self.dtype, self.stored = files, torch.device(device), dtype, stored or dtype
         self.model = skeleton(files, dtype, trust_remote_code)
         self.config: Any = self.model.config
         separate(self.model, conversions(self.model)[1])
@@ -71,10 +76,8 @@ class Opened:
             if tensor.is_floating_point():
                 if not torch.isfinite(tensor).all():
                     raise DataError(f"{info.file}: {info.name} holds NaN or infinite values")
-                exact = any(
-                    part in full for part in self.exact
-                )  # what transformers keeps in float32 whatever is asked
-                tensor = tensor.to(torch.float32 if exact else self.dtype)
+                tensor = self.as_stored(full, tensor)
+                tensor = tensor if tensor.dtype == torch.float32 else tensor.to(self.dtype)
             tensor = tensor.to(self.device)
             owner, _, leaf = name.rpartition(".")
             target = module.get_submodule(owner)
@@ -82,6 +85,12 @@ class Opened:
                 target._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             else:
                 target._buffers[leaf] = tensor
+
+    def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A floating-point tensor in what it is kept in; ``name`` in the skeleton tells what transformers keeps in
+        float32 whatever is asked."""
+        exact = any(part in name for part in self.exact)
+        return tensor.to(torch.float32 if exact else self.stored)
 
     def empty(self, module: nn.Module) -> None:
         """Give the memory of ``module``'s parameters back."""
@@ -319,7 +328,7 @@ def batches(count: int, size: int) -> Iterator[slice]:
 
 
 def dtype_of(files: ModelFiles, wish: str = "auto") -> torch.dtype:
-    """The dtype to compute in: the stored one unless ``wish`` names another."""
+    """The dtype that weights are kept in: the files' unless ``wish`` names another."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     if wish != "auto":

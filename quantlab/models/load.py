@@ -18,6 +18,7 @@ from torch import nn
 from quantlab.errors import DataError, MachineError
 from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.packed_experts import separated
+from quantlab.models.precision import computed_in
 
 # gptqmodel sizes its pools for a server unless told; it reads this once, at import.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
@@ -101,6 +102,8 @@ def load_subject(
     refuse_missing(model, info.get("missing_keys", ()), files.name)
     model.eval()
     keep_bnb_storage(model)
+    if wanted == torch.float32:
+        compute_bnb_in(model, wanted)
     if hasattr(model, "ct_decompress_hook"):  # unpack now, not inside the first forward that is timed
         model.hf_quantizer.compressor.decompress_model(model)
     tokenizer = load_tokenizer(files, trust_remote_code)
@@ -130,13 +133,14 @@ def refuse_missing(model: nn.Module, missing: Iterable[str], called: str) -> Non
 
 
 def _dtype(files: ModelFiles, wish: str, device: str) -> str | torch.dtype:
-    """What transformers is asked for. CPUs multiply float16 an order of magnitude slower than float32, which holds
-    the same values, so there a float16 model is computed in float32."""
+    """What transformers is asked for: float32 where the device cannot multiply what the files hold."""
     if wish != "auto":
         found: torch.dtype = getattr(torch, wish)
         return found
     stored = files.config.get("dtype") or files.config.get("torch_dtype")
-    return torch.float32 if device == "cpu" and stored == "float16" else "auto"
+    kept = getattr(torch, str(stored), None)
+    slow = isinstance(kept, torch.dtype) and computed_in(kept, device) != kept
+    return torch.float32 if slow else "auto"
 
 
 def quiet_libraries() -> None:
@@ -161,6 +165,13 @@ def keep_bnb_storage(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def compute_bnb_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """bitsandbytes' 4-bit layers compute in the type that their checkpoint was made with, unless told."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
 
 
 def count_params(model: nn.Module, files: ModelFiles) -> int:

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from quantlab.data.corpus import documents
+from quantlab.models.precision import computed_in
 from quantlab.paths import DATA, atomic_write_text
 
 VOCABULARY = 4096
@@ -139,13 +140,14 @@ def train(args: argparse.Namespace) -> None:
     order = torch.randperm(args.steps * args.batch, generator=torch.Generator().manual_seed(args.seed))
     curve: list[dict[str, float]] = []
     running = 0.0
+    low = computed_in(torch.bfloat16, device) == torch.bfloat16
     print(
         f"{sum(p.numel() for p in model.parameters())} parameters, {len(data)} tokens, {device}", flush=True
     )
     for step in range(args.steps):
         picked = order[step * args.batch : (step + 1) * args.batch] * args.length
         rows = torch.stack([data[i : i + args.length] for i in picked.tolist()]).long().to(device)
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
             loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

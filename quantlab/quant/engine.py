@@ -256,7 +256,9 @@ class _Step:
         found = None
         if structures is not None and any(p.method in FOLDING for p in pending):
             found = structures.of(self.index, self.block)
-        seen = view(self.block, moments, found, {} if len(groups) > 1 else None)
+        prefix = f"{self.opened.prefix}.{self.index}."
+        kept = lambda name, tensor: self.opened.as_stored(prefix + name, tensor)  # noqa: E731
+        seen = view(self.block, moments, found, {} if len(groups) > 1 else None, kept)
         for plans in groups.values():
             started = time.perf_counter()
             solved = method(plans[0].method)(seen, [p.grid for p in plans], **plans[0].options)

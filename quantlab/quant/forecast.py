@@ -111,7 +111,7 @@ def forecast(
         return Forecast(size, bits, 0, 0, 0.0)
     parts = _seconds(recipe, files, rates, shared)
     memory = _memory(recipe, files, device, spilled, grids)
-    kept = 2 * _activation_bytes(recipe, files) if spilled and recipe.needs_calibration else 0
+    kept = 2 * _activation_bytes(recipe, files, device) if spilled and recipe.needs_calibration else 0
     return Forecast(size, bits, size + kept, memory, sum(parts.values()), parts)
 
 
@@ -200,7 +200,7 @@ def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: Rates, shared: in
 
 
 def _memory(recipe: QuantizeRecipe, files: ModelFiles, device: str, spilled: bool, grids: int) -> int:
-    width = 4 if recipe.dtype == "float32" or (recipe.dtype == "auto" and _is_float32(files)) else 2
+    width = _width(recipe, files, device)
     prefix = files.block_prefix + "."
     outside = [t for name, t in files.tensors.items() if not name.startswith(prefix)]
     largest = max((t.count for t in outside), default=0)
@@ -222,14 +222,26 @@ def _memory(recipe: QuantizeRecipe, files: ModelFiles, device: str, spilled: boo
     widest = max(b.widest for b in blocks)
     forward = tokens * (width * (4 * _hidden(files) + 3 * widest) + 4 * widest)
     statistics = max(sum(4 * columns**2 for columns, _ in b.inputs) for b in blocks)
-    held = 0 if spilled else _activation_bytes(recipe, files)
+    held = 0 if spilled else _activation_bytes(recipe, files, device)
     return IDLE + max(embedding + held, block + held + statistics + max(forward, solving))
 
 
-def _activation_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
+def _activation_bytes(recipe: QuantizeRecipe, files: ModelFiles, device: str) -> int:
     """One copy of the hidden states of all calibration rows."""
-    width = 4 if (_is_float32(files) and recipe.dtype == "auto") or recipe.dtype == "float32" else 2
-    return recipe.calibration.rows * recipe.calibration.seq_len * _hidden(files) * width
+    tokens = recipe.calibration.rows * recipe.calibration.seq_len
+    return tokens * _hidden(files) * _width(recipe, files, device)
+
+
+def _width(recipe: QuantizeRecipe, files: ModelFiles, device: str) -> int:
+    """Bytes of a number that the model is computed in."""
+    import torch
+
+    from quantlab.models.precision import computed_in
+
+    if recipe.dtype == "float32" or (recipe.dtype == "auto" and _is_float32(files)):
+        return 4
+    half = {"F16": torch.float16, "BF16": torch.bfloat16}[stored_float(files, recipe.dtype)]
+    return computed_in(half, device).itemsize
 
 
 def _is_float32(files: ModelFiles) -> bool:

@@ -32,9 +32,11 @@ import torch
 
 from quantlab.quant.grid import Grid, Quantized, fit
 from quantlab.quant.kernels import available
+from quantlab.quant.statistics import mirror, strips
 from quantlab.quant.view import BlockResult, BlockView, split
 
 ActOrder = bool | Literal["group"]
+PANEL = 1024  # columns of a Hessian that are factorised at once
 INNER = 32  # columns corrected one by one before a product carries their errors on
 
 
@@ -92,23 +94,57 @@ def _damped_factor(matrix: torch.Tensor, damp: float) -> tuple[torch.Tensor, flo
     """The factor U of :func:`inverse_factor` and ``l``, from H with rows and columns reversed (used up).
 
     With J the reversal, ``J (H + l I) J = L L^T`` gives ``H + l I = V V^T`` for the upper triangular ``V = J L J``,
-    hence ``U = V^-1``: one factorisation and one triangular inverse in place, and H is never inverted. Too little
-    damping for float32 shows as a failed factorisation; it is then doubled, at most 12 times.
+    hence ``U = V^-1``: one factorisation and one triangular inverse, and H is never inverted. All of it happens in
+    place, so that the widest layer of a model costs one more matrix of its H's size and not four. Too little damping
+    for float32 shows as a failed factorisation; it is then doubled, at most 12 times.
     """
-    if not torch.isfinite(matrix).all():
+    if not torch.isfinite(matrix.sum(dim=1)).all():
         raise ValueError("the second moments hold NaN or infinite values: the model's activations overflow")
     diagonal = torch.diagonal(matrix)
     plain, mean = diagonal.clone(), float(diagonal.mean())
     for _ in range(12):
         diagonal.copy_(plain + damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        if not failed:
-            matrix.copy_(lower.flip(0, 1))
-            del lower
+        if _factorise(matrix):
+            matrix.tril_()
+            _reverse(matrix.view(-1))
             _invert_upper(matrix)
             return matrix, damp * mean
+        mirror(matrix.t())  # the lower half is spoilt, the upper one is still H
         damp *= 2
     raise ValueError("the second moments are not positive definite, even strongly damped")
+
+
+def _factorise(matrix: torch.Tensor) -> bool:
+    """Cholesky's factor of a symmetric matrix into its lower half, in place: that of a leading half, what follows from
+    it below, that of the rest. False where it is not positive definite. Above the diagonal the matrix stays as it was.
+    """
+    n = len(matrix)
+    if n <= PANEL:
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        matrix.copy_(lower + matrix.triu(1))
+        return not failed
+    half = n // 2
+    first, below, rest = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    if not _factorise(first):
+        return False
+    below.copy_(torch.linalg.solve_triangular(first.t(), below, upper=True, left=False))
+    for strip in strips(n - half):  # of the rest's lower half
+        square, rows = rest[strip, strip], below[strip]
+        square.copy_((square - rows @ rows.t()).tril_() + square.triu(1))
+        if strip.start:
+            rest[strip, : strip.start].addmm_(rows, below[: strip.start].t(), alpha=-1)
+    return _factorise(rest)
+
+
+def _reverse(values: torch.Tensor, piece: int = 1 << 20) -> None:
+    """Reverse a vector in place; for all of a matrix's numbers that reverses its rows and its columns."""
+    count = len(values)
+    for start in range(0, count // 2, piece):
+        stop = min(start + piece, count // 2)
+        front, back = values[start:stop], values[count - stop : count - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
 
 
 def _invert_upper(upper: torch.Tensor, smallest: int = 256) -> None:

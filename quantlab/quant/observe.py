@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,8 +34,10 @@ def view(
     moments: list[Moments],
     found: Structure | None = None,
     cache: dict[Any, Any] | None = None,
+    kept: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
 ) -> BlockView:
-    """The block as methods see it. ``found`` is its structure, where a method asks for one."""
+    """The block as methods see it. ``found`` is its structure, where a method asks for one. ``kept`` gives a parameter
+    of the block, by name, the dtype that it is stored in, where the block computes in another."""
     layers = linears(block)
     stored = {name: layer.weight.detach() for name, layer in layers.items()}
     if found is None:
@@ -45,9 +47,9 @@ def view(
         module = block.get_submodule(fold.norm)
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        inputs[fold.norm] = NormInput(weight.detach(), norm_offset(module))
+        inputs[fold.norm] = NormInput(kept(f"{fold.norm}.weight", weight.detach()), norm_offset(module))
     matrices = {f"{name}.weight" for name in layers}
-    plain = {name: p.detach() for name, p in block.named_parameters() if name not in matrices}
+    plain = {n: kept(n, p.detach()) for n, p in block.named_parameters() if n not in matrices}
     return BlockView(stored, moments, found, inputs, plain, cache)
 
 

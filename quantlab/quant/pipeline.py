@@ -151,11 +151,14 @@ class _Run:
     ) -> None:
         from quantlab.models.blocks import Opened, dtype_of
         from quantlab.models.memory import resident
+        from quantlab.models.precision import computed_in
 
         self.started, self.resident = time.perf_counter(), resident()
         self.jobs, self.files, self.progress, self.settings = jobs, files, progress, settings
-        dtype = dtype_of(files, jobs[0].recipe.dtype)
-        self.opened = Opened(files, device, dtype, settings.trust_remote_code)
+        stored = dtype_of(files, jobs[0].recipe.dtype)
+        self.opened = Opened(
+            files, device, computed_in(stored, device), settings.trust_remote_code, stored=stored
+        )
         self.rows, self.calibration = calibration_rows(jobs, files, settings.trust_remote_code)
         self.probe = self._probe() if settings.prove else None
         self.forecasts = self._forecasts() if settings.prove else []
@@ -357,7 +360,7 @@ def plain_dtype(opened: Opened) -> torch.dtype:
     """What a checkpoint's plain tensors are stored in: the kernels behind the layouts compute in 16 bit."""
     import torch
 
-    return opened.dtype if opened.dtype != torch.float32 else torch.float16
+    return opened.stored if opened.stored != torch.float32 else torch.float16
 
 
 def assemble(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantlab.quant import gptq
 from quantlab.quant.gptq import column_order, inverse_factor, solve_gptq
 from quantlab.quant.grid import Grid, decode, encode, fit, layer_loss, round_to_grid
 
@@ -113,6 +114,33 @@ def test_dead_channels_cost_nothing() -> None:
         quantized = solve_gptq(weight, hessian, Grid(4, 16, True), act_order=act_order).dequantize()
         assert torch.isfinite(quantized).all()
         assert torch.equal(quantized[:, 5], torch.zeros(32))
+
+
+@pytest.mark.parametrize("size", [5, 64, 129])
+def test_factor_in_place_is_that_of_the_inverse(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Small panels, so that a small matrix is factorised in many pieces."""
+    monkeypatch.setattr(gptq, "PANEL", 8)
+    x = torch.randn(3 * size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    hessian = x.t() @ x / len(x)
+    kept = hessian.float()
+    factor = inverse_factor(kept, 0.01)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    assert torch.equal(factor, factor.triu())
+    assert torch.dist(factor.double().t() @ factor.double(), torch.linalg.inv(damped)) < 1e-4
+    assert torch.equal(kept, hessian.float())  # what was given is not used up
+
+
+def test_a_failed_factorisation_begins_anew_from_the_same_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last pieces of a matrix of rank 20 fail after the first ones have been overwritten."""
+    monkeypatch.setattr(gptq, "PANEL", 8)
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    hessian = x.t() @ x
+    factor, damping = gptq._damped_factor(hessian.float().flip(0, 1), 1e-9)
+    assert damping > 1e-9 * hessian.diagonal().mean()
+    wanted = hessian + damping * torch.eye(64, dtype=torch.float64)
+    # U (H + l I) U^T is the identity, but for what float32 makes of a matrix so nearly singular
+    found = factor.double() @ wanted @ factor.double().t()
+    assert torch.dist(found, torch.eye(64, dtype=torch.float64)) / 8 < 0.5
 
 
 def test_singular_moments_are_damped_until_they_hold() -> None:
