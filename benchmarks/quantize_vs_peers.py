@@ -11,8 +11,10 @@ for AWQ, damping 0.01, no activation order; batch sizes, propagation and the res
 are defined in `peers/errors.py`, measured by one code on the saved checkpoints.
 
 Prints a table (`x quantlab`: seconds divided by quantlab's for the same method) and the points the comparison is
-about, and writes results/benchmarks/quantize-vs-peers-<device>.json. Everything is measured anew unless `--resume` is
-given. A peer that fails is reported as failed, and the others go on; the exit status is then 1.
+about, and writes results/benchmarks/quantize-vs-peers-<device>.json. With `--dtype float32` the model is stored in
+float32 and everybody computes in it: the fair comparison on CPUs that multiply no 16-bit numbers, where quantlab does
+so anyway and the peers would compute in the stored type ten times as slowly. Everything is measured anew unless
+`--resume` is given. A peer that fails is reported as failed, and the others go on; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from peers import machine
 from peers.bench import CACHE, HERE, Bench, Entry
 from random_llama import SHAPES, Shape, parameters
 
-WARM_UP = Shape(hidden=256, blocks=1, heads=4, kv_heads=2, ffn=512, vocab=512)
+TOY = Shape(hidden=256, blocks=1, heads=4, kv_heads=2, ffn=512, vocab=512)
 
 
 def gptq(bits: int, group_size: int) -> dict[str, Any]:
@@ -164,6 +166,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--skip", nargs="+", choices=names, default=[])
     parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 57m, on a GPU 8b")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the model's files"
+    )
     parser.add_argument("--rows", type=int, help="default: 64, on a GPU 128")
     parser.add_argument("--seq-len", type=int, help="default: 512, on a GPU 2048")
     parser.add_argument("--group-size", type=int, default=128)
@@ -203,7 +208,7 @@ def main() -> None:
         bench.interpreter(tool)
     if args.make_environments:
         return
-    shape = SHAPES[args.shape]
+    shape = dataclasses.replace(SHAPES[args.shape], dtype=args.dtype)
     settings = {
         "shape": dataclasses.asdict(shape), "parameters": parameters(shape), "rows": args.rows, "seq_len": args.seq_len,
         "group_size": args.group_size, "threads": args.threads, "device": args.device, "seed": args.seed,
@@ -236,7 +241,8 @@ def measure_all(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Every chosen entry, one after the other, then the errors of what they saved."""
     model, rows = bench.model(shape), bench.rows(shape, args.rows, args.seq_len, args.seed)
-    toy, toy_rows = bench.model(WARM_UP), bench.rows(WARM_UP, 4, 64, args.seed)
+    warm_up = dataclasses.replace(TOY, dtype=shape.dtype)
+    toy, toy_rows = bench.model(warm_up), bench.rows(warm_up, 4, 64, args.seed)
     found: dict[str, dict[str, Any]] = {}
     saved: dict[str, tuple[Path, bool]] = {}
     for name, entry in chosen.items():

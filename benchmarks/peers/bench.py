@@ -39,6 +39,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.work, self.venvs = args.work.absolute(), args.venvs.absolute()
         self.device, self.threads, self.python = args.device, args.threads, args.python
+        self.dtype = getattr(args, "dtype", "auto")
         self.work.mkdir(parents=True, exist_ok=True)
 
     def environment(self, own: bool) -> dict[str, str]:
@@ -101,7 +102,8 @@ class Bench:
         files["result"].unlink(missing_ok=True)
         spec = {
             "tool": entry.tool, "model": str(model), "rows": str(rows[0]), "text": str(rows[1]), "out": str(out),
-            "device": self.device, "result": str(files["result"]), "recipes": entry.recipes, **entry.settings,
+            "device": self.device, "dtype": self.dtype, "result": str(files["result"]), "recipes": entry.recipes,
+            **entry.settings,
         }  # fmt: skip
         files["spec"].write_text(json.dumps(spec, indent=1), encoding="utf-8")
         own = entry.tool == "quantlab"

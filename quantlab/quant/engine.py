@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from quantlab.quant.checkpoint import CheckpointWriter
 from quantlab.quant.grid import Grid, Quantized
 from quantlab.quant.intended import Probe
 from quantlab.quant.observe import Structures, stored_buffers, view, weights_in_place
-from quantlab.quant.statistics import Collector, Moments
+from quantlab.quant.statistics import Collector, Enough, Moments
 from quantlab.quant.statistics_store import StatisticsStore
 from quantlab.quant.view import BlockResult
 
@@ -227,14 +228,16 @@ class _Step:
             return []
         if not pending and (stream.quantized or last):
             return []
-        collector = Collector(linears(self.block) if pending else {})
+        moves = not stream.quantized and not last
+        collector = Collector(linears(self.block) if pending else {}, inputs_only=not moves)
         with collector:
             for part in batches(len(states), self._rows_at_once(states)):
-                out = run_block(self.block, states.read(part), self.walk.calls[self.index])
+                with suppress(Enough):
+                    out = run_block(self.block, states.read(part), self.walk.calls[self.index])
+                    if moves:
+                        states.write(part, out)
+                    del out
                 collector.next_batch()
-                if not stream.quantized and not last:
-                    states.write(part, out)
-        del out
         trim()
         moments = collector.finish() if pending else []
         for m in moments:

@@ -82,20 +82,29 @@ class Moments:
         return self
 
 
+class Enough(Exception):
+    """A block's last linear has seen its input: what it would still compute is not needed."""
+
+
 @dataclass
 class Collector:
     """Hooks on the linears of a block that gather :class:`Moments` while it runs. Use as a context manager.
 
-    Layers that are never reached (an expert that no token was routed to) get an entry of zero tokens.
+    Layers that are never reached (an expert that no token was routed to) get an entry of zero tokens. With
+    ``inputs_only`` nobody wants the block's output: where the first forward called each linear once, later ones end
+    with :class:`Enough` at the one that came last.
     """
 
     layers: Mapping[str, nn.Linear]
+    inputs_only: bool = False
     moments: dict[str, Moments] = field(default_factory=dict)  # by the first layer of each group
     leader: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._current: dict[int, tuple[torch.Tensor, str]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._called: list[str] | None = []  # in the first forward
+        self._last: str | None = None
 
     def __enter__(self) -> Collector:
         for name, layer in self.layers.items():
@@ -110,10 +119,20 @@ class Collector:
     def next_batch(self) -> None:
         """Forget which tensors the last batch shared; call after every forward."""
         self._current.clear()
+        if self._called:
+            if self.inputs_only and sorted(self._called) == sorted(self.layers):
+                self._last = self._called[-1]
+            self._called = None
 
     def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def seen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
+            account(args[0])
+            if self._called is not None:
+                self._called.append(name)
+            if name == self._last:
+                raise Enough
+
+        def account(x: torch.Tensor) -> None:
             known = self._current.get(id(x))  # the tensor is kept alive with its id, so ids cannot be reused
             if known is not None:
                 leader = known[1]

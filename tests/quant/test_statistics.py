@@ -10,7 +10,7 @@ from torch import nn
 from quantlab.models.blocks import Opened, linears, run_block
 from quantlab.models.files import open_files
 from quantlab.quant.observe import norm_offset
-from quantlab.quant.statistics import Collector, Moments
+from quantlab.quant.statistics import Collector, Enough, Moments
 
 
 def test_sums_agree_with_float64() -> None:
@@ -43,6 +43,32 @@ def test_which_layers_share_is_observed(tiny: Path) -> None:
         ("mlp.down_proj",),
     }
     assert all(m.tokens == 48 for m in found.values())
+
+
+def test_a_forward_ends_at_the_last_linear_where_only_inputs_are_wanted(tiny: Path) -> None:
+    opened = Opened(open_files(tiny), "cpu", torch.float32)
+    rows = torch.randint(1, 257, (3, 16), generator=torch.Generator().manual_seed(0))
+    hidden, calls = opened.inputs(rows)
+    block = opened.block(1)
+    found = []
+    for inputs_only in (False, True):
+        ended, through = 0, []
+        handle = block.get_submodule("mlp.down_proj").register_forward_hook(lambda *_: through.append(1))  # noqa: B023
+        with torch.no_grad(), Collector(linears(block), inputs_only=inputs_only) as collector:
+            for i in range(3):
+                try:
+                    run_block(block, hidden[i : i + 1], calls[1])
+                except Enough:
+                    ended += 1
+                collector.next_batch()
+        handle.remove()
+        assert (ended, len(through)) == (
+            (2, 1) if inputs_only else (0, 3)
+        )  # the first tells which is the last
+        found.append(collector.finish())
+    for one, other in zip(*found, strict=True):
+        assert one.layers == other.layers and one.tokens == other.tokens
+        assert torch.equal(one.hessian, other.hessian)
 
 
 def test_block_by_block_equals_the_whole_model(tiny: Path) -> None:

