@@ -334,5 +334,6 @@ def test_sigterm_leaves_a_state_to_resume_from(model: Path, tmp_path: Path) -> N
 
 def test_doctor(tmp_path: Path) -> None:
     found = json.loads(quantlab("doctor", "--json", cwd=tmp_path).stdout)
+    assert "float32" in found["machine"]["16 bits on CPU"]
     assert found["can_run"]["none"] == "" and found["packages"]["torch"]
     assert found["machine"].keys() >= {"CPU", "RAM", "disk here", "CUDA"}

@@ -46,7 +46,7 @@ def run(*, as_json: bool) -> None:
     print(f"quantlab {found['quantlab']}, Python {found['python']} on {found['system']}")
     print("\nmachine")
     for name, value in found["machine"].items():
-        print(f"  {name:<14}{value}")
+        print(f"  {name:<16}{value}")
     print("\nlibraries")
     for name, value in found["packages"].items():
         print(f"  {name:<14}{value or 'not installed'}")
@@ -110,6 +110,7 @@ def _machine(*, torch_works: bool) -> dict[str, str]:
         "CPU": f"{os.cpu_count()} cores; {cpu_features()}",
         "RAM": f"{memory.available / gib:.1f} of {memory.total / gib:.1f} GiB free",
         "disk here": f"{disk.free / gib:.1f} of {disk.total / gib:.1f} GiB free",
+        "16 bits on CPU": _half() if torch_works else "unknown: torch does not import",
         "CUDA": _cuda() if torch_works else "unknown: torch does not import",
         "hub cache": os.environ.get("HF_HOME", "the default of huggingface_hub"),
     }
@@ -125,6 +126,20 @@ def cpu_features() -> str:
     words = set(text.split())
     present = [feature for feature in wanted if feature in words]
     return " ".join(present) or "no vector features"
+
+
+def _half() -> str:
+    """What models stored in 16 bits are computed in on this CPU."""
+    import torch
+
+    from quantlab.models.precision import cpu_multiplies
+
+    fast = cpu_multiplies(torch.bfloat16)
+    return (
+        "bfloat16 as it is, float16 in float32"
+        if fast
+        else "computed in float32, this CPU multiplies neither type"
+    )
 
 
 def _cuda() -> str:
