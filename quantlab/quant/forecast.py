@@ -48,12 +48,13 @@ LAST = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2"
 class Rates:
     """What the machine does a second. ``matmul``: floating point operations of products in the computing type,
     ``exact``: in float32, ``elements``: float32 elements passed over by a simple operation, ``disk``: bytes read or
-    written."""
+    written. ``width``: bytes of a number that a model stored in 16 bits is computed in."""
 
     matmul: float
     exact: float
     elements: float
     disk: float
+    width: int = 2
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ def forecast(
     if recipe.method == "none":
         return Forecast(size, bits, 0, 0, 0.0)
     parts = _seconds(recipe, files, rates, shared)
-    memory = _memory(recipe, files, device, spilled, grids)
-    kept = 2 * _activation_bytes(recipe, files, device) if spilled and recipe.needs_calibration else 0
+    width = 4 if recipe.dtype == "float32" or (recipe.dtype == "auto" and _is_float32(files)) else rates.width
+    memory = _memory(recipe, files, device, spilled, grids, width)
+    kept = 2 * _activation_bytes(recipe, files, width) if spilled and recipe.needs_calibration else 0
     return Forecast(size, bits, size + kept, memory, sum(parts.values()), parts)
 
 
@@ -199,8 +201,9 @@ def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: Rates, shared: in
     return parts
 
 
-def _memory(recipe: QuantizeRecipe, files: ModelFiles, device: str, spilled: bool, grids: int) -> int:
-    width = _width(recipe, files, device)
+def _memory(
+    recipe: QuantizeRecipe, files: ModelFiles, device: str, spilled: bool, grids: int, width: int
+) -> int:
     prefix = files.block_prefix + "."
     outside = [t for name, t in files.tensors.items() if not name.startswith(prefix)]
     largest = max((t.count for t in outside), default=0)
@@ -222,26 +225,14 @@ def _memory(recipe: QuantizeRecipe, files: ModelFiles, device: str, spilled: boo
     widest = max(b.widest for b in blocks)
     forward = tokens * (width * (4 * _hidden(files) + 3 * widest) + 4 * widest)
     statistics = max(sum(4 * columns**2 for columns, _ in b.inputs) for b in blocks)
-    held = 0 if spilled else _activation_bytes(recipe, files, device)
+    held = 0 if spilled else _activation_bytes(recipe, files, width)
     return IDLE + max(embedding + held, block + held + statistics + max(forward, solving))
 
 
-def _activation_bytes(recipe: QuantizeRecipe, files: ModelFiles, device: str) -> int:
+def _activation_bytes(recipe: QuantizeRecipe, files: ModelFiles, width: int) -> int:
     """One copy of the hidden states of all calibration rows."""
     tokens = recipe.calibration.rows * recipe.calibration.seq_len
-    return tokens * _hidden(files) * _width(recipe, files, device)
-
-
-def _width(recipe: QuantizeRecipe, files: ModelFiles, device: str) -> int:
-    """Bytes of a number that the model is computed in."""
-    import torch
-
-    from quantlab.models.precision import computed_in
-
-    if recipe.dtype == "float32" or (recipe.dtype == "auto" and _is_float32(files)):
-        return 4
-    half = {"F16": torch.float16, "BF16": torch.bfloat16}[stored_float(files, recipe.dtype)]
-    return computed_in(half, device).itemsize
+    return tokens * _hidden(files) * width
 
 
 def _is_float32(files: ModelFiles) -> bool:

@@ -29,6 +29,7 @@ def measure(
         matmul=product * _repeats(lambda: low @ high, share, place),
         exact=product * _repeats(lambda: a @ b, share, place),
         elements=SIDE**2 * _repeats(lambda: torch.addcmul(a, a, b), share, place),
+        width=dtype.itemsize,
         disk=BYTES * _repeats(lambda: _write_and_read(folder), share, torch.device("cpu")),
     )
 

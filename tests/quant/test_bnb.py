@@ -37,9 +37,9 @@ def test_saving_after_evaluation_changes_nothing(tiny: Path, tmp_path: Path, kin
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     subject.tokenizer.save_pretrained(tmp_path / "after")
-    again = load_subject(tmp_path / "after", device="cpu")
-    with torch.no_grad():
-        assert torch.allclose(again.model(input_ids=ids).logits, first, atol=0.05)
+    again = load_subject(tmp_path / "after", device="cpu", dtype="bfloat16")
+    with torch.no_grad():  # the same sums, in an order that may differ
+        assert torch.dist(again.model(input_ids=ids).logits, first) < 0.03 * first.float().norm()
 
 
 def test_the_guard_is_what_prevents_it(tiny: Path, tmp_path: Path) -> None:
