@@ -259,9 +259,7 @@ class _Step:
         found = None
         if structures is not None and any(p.method in FOLDING for p in pending):
             found = structures.of(self.index, self.block)
-        prefix = f"{self.opened.prefix}.{self.index}."
-        kept = lambda name, tensor: self.opened.as_stored(prefix + name, tensor)  # noqa: E731
-        seen = view(self.block, moments, found, {} if len(groups) > 1 else None, kept)
+        seen = view(self.block, moments, found, {} if len(groups) > 1 else None, self._as_stored)
         for plans in groups.values():
             started = time.perf_counter()
             solved = method(plans[0].method)(seen, [p.grid for p in plans], **plans[0].options)
@@ -294,6 +292,10 @@ class _Step:
         plan.writer.write_block(
             self.index, tensors, losses, None if plan.probe is None else {"probe": plan.probe}
         )
+
+    def _as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter of the block in the dtype that it is stored in."""
+        return self.opened.as_stored(f"{self.opened.prefix}.{self.index}.{name}", tensor)
 
     def _stored(self, name: str) -> str:
         """The name in the files, relative to the block, of a module or tensor of the block."""
