@@ -56,7 +56,8 @@ def trim() -> None:
 def map_large(threshold: int = 1 << 20) -> None:
     """From now on pieces of at least ``threshold`` bytes are mapped directly, hence given back the moment they are
     freed (glibc; elsewhere nothing happens). Costs a page fault for every page of every such piece: only under a
-    limit."""
+    limit. Call it before anything large has been allocated: holes that are in the heap already are filled first, and
+    what lies in them is not given back."""
     if sys.platform == "linux":
         setting = getattr(ctypes.CDLL(None), "mallopt", None)
         if setting is not None:

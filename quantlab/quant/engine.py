@@ -24,7 +24,7 @@ from torch import nn
 from quantlab.formats import layout
 from quantlab.models.activations import Activations
 from quantlab.models.blocks import Call, Opened, batches, linears, run_block
-from quantlab.models.memory import map_large, trim
+from quantlab.models.memory import trim
 from quantlab.models.scaled import scaled_activations
 from quantlab.models.structure import PROBE_ROWS, PROBE_TOKENS
 from quantlab.progress import Progress
@@ -107,8 +107,6 @@ def open_walk(
         probe, keep, reuse: as in :class:`Walk`.
     """
     walk = Walk([], [], probe=probe, keep=keep, reuse=reuse, tight=spill is not None)
-    if walk.tight:
-        map_large()
     if probe is not None:
         for plan in plans:
             plan.probe = probe.start()

@@ -150,9 +150,11 @@ class _Run:
         self, jobs: Sequence[Job], files: ModelFiles, device: str, progress: Progress, settings: Settings
     ) -> None:
         from quantlab.models.blocks import Opened, dtype_of
-        from quantlab.models.memory import resident
+        from quantlab.models.memory import map_large, resident
         from quantlab.models.precision import computed_in
 
+        if settings.memory_limit is not None:
+            map_large()
         self.started, self.resident = time.perf_counter(), resident()
         self.jobs, self.files, self.progress, self.settings = jobs, files, progress, settings
         stored = dtype_of(files, jobs[0].recipe.dtype)
