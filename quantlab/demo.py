@@ -110,9 +110,9 @@ def _precision() -> str:
     """What the student is trained in: bfloat16 saves a third of the time, on CPUs that multiply it."""
     import torch
 
-    from quantlab.models.precision import cpu_multiplies
+    from quantlab.models.precision import computed_in
 
-    return "bfloat16" if cpu_multiplies(torch.bfloat16) else "float32"
+    return str(computed_in(torch.bfloat16, "cpu")).removeprefix("torch.")
 
 
 def quantize_recipes() -> list[tuple[str, QuantizeRecipe]]:

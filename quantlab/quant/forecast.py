@@ -231,8 +231,7 @@ def _memory(
 
 def _activation_bytes(recipe: QuantizeRecipe, files: ModelFiles, width: int) -> int:
     """One copy of the hidden states of all calibration rows."""
-    tokens = recipe.calibration.rows * recipe.calibration.seq_len
-    return tokens * _hidden(files) * width
+    return recipe.calibration.rows * recipe.calibration.seq_len * _hidden(files) * width
 
 
 def _is_float32(files: ModelFiles) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quantlab.models.load import keep_bnb_storage, load_subject
+from quantlab.models.precision import cpu_multiplies
 from quantlab.progress import Silent
 from quantlab.quant.bnb import bnb_config
 from quantlab.quant.pipeline import Job, quantize
@@ -38,8 +39,12 @@ def test_saving_after_evaluation_changes_nothing(tiny: Path, tmp_path: Path, kin
     assert all(torch.equal(before[name], after[name]) for name in before)
     subject.tokenizer.save_pretrained(tmp_path / "after")
     again = load_subject(tmp_path / "after", device="cpu", dtype="bfloat16")
-    with torch.no_grad():  # the same sums, in an order that may differ
-        assert torch.dist(again.model(input_ids=ids).logits, first) < 0.03 * first.float().norm()
+    with torch.no_grad():
+        second = again.model(input_ids=ids).logits
+    if cpu_multiplies(torch.bfloat16):
+        assert torch.allclose(second, first, atol=0.05)
+    # elsewhere the same sums come in an order that may differ
+    assert torch.dist(second, first) < 0.03 * first.float().norm()
 
 
 def test_the_guard_is_what_prevents_it(tiny: Path, tmp_path: Path) -> None:

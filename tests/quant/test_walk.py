@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from quantlab.errors import DataError
 from quantlab.models.load import load_subject
+from quantlab.models.precision import cpu_multiplies
 from quantlab.progress import Silent
 from quantlab.quant.gptq import prepare, solve_many
 from quantlab.quant.grid import Grid, layer_loss
@@ -128,11 +129,14 @@ def test_a_memory_limit_changes_the_order_of_sums_alone(
     wanted = {k: v for k, v in six(calibration_file).items() if k in ("g4", "own")}
     free = run(tiny, tmp_path / "free", wanted, memory_limit=None)
     tight = run(tiny, tmp_path / "tight", wanted, memory_limit=600_000_000)
-    one, other = tensors(tmp_path / "free" / "g4"), tensors(tmp_path / "tight" / "g4")
-    assert sum(int((one[k] != other[k]).sum()) for k in one) <= 0.01 * sum(v.numel() for v in one.values())
     for name in wanted:
-        # Where later blocks see what was made of earlier ones, one code that fell the other way moves many after it,
-        # to a solution as good.
+        one, other = tensors(tmp_path / "free" / name), tensors(tmp_path / "tight" / name)
+        # In float32, where later blocks see what was made of earlier ones, one code that fell the other way moves many
+        # after it, to a solution as good; states rounded to bfloat16 hide such small differences.
+        if name == "g4" or cpu_multiplies(torch.bfloat16):
+            assert sum(int((one[k] != other[k]).sum()) for k in one) <= 0.01 * sum(
+                v.numel() for v in one.values()
+            )
         assert free[name].loss == pytest.approx(tight[name].loss, rel=0.05)
     assert not [p for p in tmp_path.rglob("*") if "activations" in p.name]
 
