@@ -8,6 +8,8 @@ measurement: a run that is resumed must compute in what it began with.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -34,3 +36,19 @@ def computed_in(stored: torch.dtype, device: str | torch.device) -> torch.dtype:
     """The dtype to compute in on ``device`` with weights that are stored in ``stored``."""
     slow = torch.device(device).type == "cpu" and stored in HALVES and not cpu_multiplies(stored)
     return torch.float32 if slow else stored
+
+
+@contextmanager
+def bfloat16_operands() -> Iterator[None]:
+    """Float32 matrix products of this CPU round their operands to bfloat16 and sum in float32 (oneDNN's fpmath mode).
+
+    Exact where the operands hold bfloat16 values. Three times as fast as float32 with AMX; see :func:`cpu_multiplies`
+    for where it pays. The setting is the process's: keep what runs inside to one product.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

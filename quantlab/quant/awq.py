@@ -16,9 +16,11 @@ the result is never worse than round-to-nearest for any layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from quantlab.models.precision import bfloat16_operands, cpu_multiplies
 from quantlab.quant.grid import Grid, Quantized, fit, fit_range, nearest_values, round_to_grid
 
 SCREENED = 128  # rows of each layer that candidates are ranked on
@@ -35,9 +37,10 @@ def search_scales(
     steps: int = 20,
     tie: torch.Tensor | None = None,
     realize: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    plain: Sequence[float] | None = None,
-) -> torch.Tensor:
-    """The scale per input channel, float32 [in], for layers whose inputs must share one.
+    plain: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """The scale per input channel, float32 [in], for layers whose inputs must share one, and the :func:`row_loss` of
+    every layer with it, [out_i] each.
 
     Args:
         weights: matrices [out_i, in], float32.
@@ -45,14 +48,13 @@ def search_scales(
             tokens routed to it for an expert).
         magnitude: mean absolute activation per channel [in].
         steps: how many alphas between 0 and 1. Every second one is tried, then the neighbours of the best.
-        plain: the loss of each matrix when it is rounded as it is, where that is known.
+        plain: the row loss of each matrix when it is rounded as it is, where that is known.
         tie: int64 [in], channels with the same number must share a scale (grouped-query attention);
             None leaves every channel free.
         realize: maps a wished scale to the one that the preceding operation can undo exactly in its
             own dtype (a normalisation's bfloat16 weight, say); None takes the wish as it is.
 
-    Returns:
-        All ones where no candidate beats plain rounding.
+    The scale is all ones where no candidate beats plain rounding.
     """
     ones = torch.ones_like(magnitude)
     sample = [w[:: -(-len(w) // SCREENED)] for w in weights]
@@ -60,7 +62,8 @@ def search_scales(
     energy = [max(((w @ h) * w).sum().item(), 1e-20) for w, h in zip(sample, hessians, strict=True)]
 
     def judged(scale: torch.Tensor) -> float:
-        losses = [row_loss(w, scale, h, grid).sum().item() for w, h in zip(sample, hessians, strict=True)]
+        with ranking(magnitude.device):
+            losses = [row_loss(w, scale, h, grid).sum().item() for w, h in zip(sample, hessians, strict=True)]
         return sum(loss / e for loss, e in zip(losses, energy, strict=True))
 
     unscaled = judged(ones)
@@ -88,13 +91,20 @@ def search_scales(
     kind, step = min(tried, key=lambda at: tried[at])
     attempt(kind, step - 1)
     attempt(kind, step + 1)
-    if plain is None and ranked:
-        plain = [row_loss(w, ones, h, grid).sum().item() for w, h in zip(weights, hessians, strict=True)]
+    if plain is None:
+        plain = [row_loss(w, ones, h, grid) for w, h in zip(weights, hessians, strict=True)]
     for _, _, scale in sorted(ranked, key=lambda entry: entry[:2])[:TRIED]:
-        scaled = [row_loss(w, scale, h, grid).sum().item() for w, h in zip(weights, hessians, strict=True)]
-        if all(a <= b for a, b in zip(scaled, plain or (), strict=True)):
-            return scale
-    return ones
+        scaled = [row_loss(w, scale, h, grid) for w, h in zip(weights, hessians, strict=True)]
+        if all(a.sum() <= b.sum() for a, b in zip(scaled, plain, strict=True)):
+            return scale, scaled
+    return ones, plain
+
+
+def ranking(device: torch.device) -> AbstractContextManager[None]:
+    """Products that only rank candidates are in bfloat16, summed in float32, on CPUs that are faster so: it moves the
+    sum of a sample's losses by less than 1e-4."""
+    fast = device.type == "cpu" and cpu_multiplies(torch.bfloat16)
+    return bfloat16_operands() if fast else nullcontext()
 
 
 def row_loss(
@@ -166,7 +176,13 @@ def _average_tied(scale: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
 
 
 def search_clip(
-    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, steps: int = 10, smallest: float = 0.5
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: Grid,
+    *,
+    full: torch.Tensor | None = None,
+    steps: int = 10,
+    smallest: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How far to shrink each group's range, float32 [out, groups], 1 where clipping does not pay; and the squared
     output error a token of every row [out] with that.
@@ -176,6 +192,7 @@ def search_clip(
 
     Args:
         weight: [out, in] float32, already scaled. hessian: in the coordinates of ``weight`` [in, in].
+        full: the rows' loss without clipping [out], where it is known.
     """
     columns = weight.shape[1]
     width = grid.columns(columns)
@@ -184,9 +201,12 @@ def search_clip(
         [hessian[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in range(count)]
     )
     chunk = max(1, CHUNK // columns)
-    best = torch.cat([_clip_rows(part, blocks, grid, steps, smallest) for part in weight.split(chunk)])
+    with ranking(weight.device):
+        best = torch.cat([_clip_rows(part, blocks, grid, steps, smallest) for part in weight.split(chunk)])
     ones = torch.ones(columns, device=weight.device)
-    full, clipped = (row_loss(weight, ones, hessian, grid, by) for by in (None, best))
+    if full is None:
+        full = row_loss(weight, ones, hessian, grid)
+    clipped = row_loss(weight, ones, hessian, grid, best)
     return torch.where((clipped < full)[:, None], best, torch.ones_like(best)), torch.minimum(full, clipped)
 
 
@@ -196,8 +216,7 @@ def _clip_rows(
     """The best shrink of each group of some rows [rows, groups], judged by ``blocks`` [groups, size, size]."""
     count, width, _ = blocks.shape
     groups = weight.view(-1, count, width)  # [rows, groups, group_size]
-    low, high = torch.aminmax(groups, dim=-1)
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    low, high = groups.amin(dim=-1).clamp(max=0.0), groups.amax(dim=-1).clamp(min=0.0)
     best = torch.ones_like(low)
     best_loss = torch.full_like(low, float("inf"))
     for step in range(steps + 1):
@@ -212,16 +231,22 @@ def _clip_rows(
 
 
 def solve_awq(
-    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, grid: Grid, *, clip: bool
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    grid: Grid,
+    *,
+    clip: bool,
+    full: torch.Tensor | None = None,
 ) -> tuple[Quantized, torch.Tensor]:
-    """Round ``weight * scale`` [out, in] on grids clipped for ``hessian`` (given in unscaled coordinates).
+    """Round ``weight * scale`` [out, in] on grids clipped for ``hessian`` (given in unscaled coordinates). ``full``:
+    what :func:`row_loss` gives for ``scale``, where it is known.
 
     Returns:
         The result, and the squared output error a token of every row [out].
     """
     scaled = weight.to(torch.float32) * scale
-    h = hessian / torch.outer(scale, scale)
-    if clip:
-        shrink, loss = search_clip(scaled, h, grid)
-        return round_to_grid(scaled, grid, shrink), loss
-    return round_to_grid(scaled, grid), row_loss(scaled, torch.ones_like(scale), h, grid)
+    if not clip:
+        return round_to_grid(scaled, grid), row_loss(weight, scale, hessian, grid) if full is None else full
+    shrink, loss = search_clip(scaled, hessian / torch.outer(scale, scale), grid, full=full)
+    return round_to_grid(scaled, grid, shrink), loss

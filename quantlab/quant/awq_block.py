@@ -37,13 +37,14 @@ def quantize_block(
 
 def _on_grid(block: BlockView, grid: Grid, scale_search: bool, clip: bool, steps: int) -> BlockResult:
     seen = {name: m for m in block.moments for name in m.layers}
-    plain = {
-        name: row_loss(block.weight(name), torch.ones_like(m.magnitude), m.hessian, grid).sum().item()
+    rounded = {
+        name: row_loss(block.weight(name), torch.ones_like(m.magnitude), m.hessian, grid)
         for name, m in seen.items()
     }
+    plain = {name: losses.sum().item() for name, losses in rounded.items()}
     pairs = list(block.structure.pairs) if scale_search else []
     while True:
-        result = _attempt(block, seen, plain, grid, pairs, scale_search, clip, steps)
+        result = _attempt(block, seen, rounded, grid, pairs, scale_search, clip, steps)
         # Two sums of the same thing in another order differ by rounding.
         worse = {name for name in result.loss if result.loss[name] > plain[name] * (1 + 1e-5)}
         kept = [pair for pair in pairs if not {pair.producer, pair.consumer} & worse]
@@ -56,7 +57,7 @@ def _on_grid(block: BlockView, grid: Grid, scale_search: bool, clip: bool, steps
 def _attempt(
     block: BlockView,
     seen: Mapping[str, Moments],
-    plain: Mapping[str, float],
+    rounded: Mapping[str, torch.Tensor],
     grid: Grid,
     pairs: Sequence[LinearPair],
     scale_search: bool,
@@ -66,15 +67,22 @@ def _attempt(
     result = BlockResult()
     divide = {name: torch.ones(len(w), device=w.device) for name, w in block.stored.items()}  # rows, [out]
     scales: dict[str, torch.Tensor] = {}  # by layer, [in]
+    full = dict(rounded)  # losses before clipping, by layer, [out]
     # Pairs first: their scales change the rows of the producers, which are searched and solved afterwards.
     for pair in pairs:
         m = seen[pair.consumer]
         tie = pair.rows.to(m.magnitude.device)
         weight = block.weight(pair.consumer)
-        known: list[float] | None = [plain[pair.consumer]]
-        scale = search_scales([weight], [m.hessian], m.magnitude, grid, steps=steps, tie=tie, plain=known)
+        known: Sequence[torch.Tensor] | None = [rounded[pair.consumer]]
+        scale, found = search_scales(
+            [weight], [m.hessian], m.magnitude, grid, steps=steps, tie=tie, plain=known
+        )
         scales[pair.consumer] = scale
+        full[pair.consumer] = found[0]
         divide[pair.producer][tie] = scale  # columns of one row have one scale
+    for name, by in divide.items():
+        if not bool((by == 1).all()):
+            full.pop(name, None)  # of rows that are divided now
     for fold in block.structure.norms if scale_search else ():
         norm = block.norms[fold.norm]
         realize = Realize(norm.weight, norm.weight.dtype, norm.offset)
@@ -84,8 +92,9 @@ def _attempt(
         assert isinstance(mean, torch.Tensor)
         hessians = [seen[n].hessian for n in fold.layers]
         whole = all(bool((divide[n] == 1).all()) for n in fold.layers)
-        known = [plain[n] for n in fold.layers] if whole else None
-        scale = search_scales(weights, hessians, mean, grid, steps=steps, realize=realize, plain=known)
+        known = [rounded[n] for n in fold.layers] if whole else None
+        scale, found = search_scales(weights, hessians, mean, grid, steps=steps, realize=realize, plain=known)
+        full.update(zip(fold.layers, found, strict=True))
         if bool((scale == 1).all()):
             continue
         scales.update(dict.fromkeys(fold.layers, scale))
@@ -96,7 +105,9 @@ def _attempt(
     for name, m in seen.items():
         scale = scales.get(name, torch.ones_like(m.magnitude))
         weight = block.weight(name) / divide[name][:, None]
-        result.quantized[name], loss = solve_awq(weight, m.hessian, scale, grid, clip=clip)
+        result.quantized[name], loss = solve_awq(
+            weight, m.hessian, scale, grid, clip=clip, full=full.get(name)
+        )
         result.loss[name] = (loss * divide[name].square()).sum().item()  # rows in their original size
     for name, by in divide.items():
         if not bool((by == 1).all()):

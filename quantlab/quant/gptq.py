@@ -7,8 +7,8 @@ adds to the error is taken off the later columns along row j of the upper Choles
 
 Rows are independent of each other, so several layers of one input, and several bit widths of each, are solved as one
 tall matrix. It is held transposed, [in, rows]: the loop over columns then works on contiguous memory. Corrections reach
-the columns ahead in three steps (at once inside ``INNER`` columns, by one product inside a block, by one product beyond
-it), which is the same algebra as updating everything at once.
+the columns ahead at once inside ``LEAF`` columns, and by products beyond them, which is the same algebra as updating
+everything at once.
 
 The loss needs no further product: with ``e_j = (w_j - q_j) / U_jj`` the recursion gives
 ``tr(E (H + l I) E^T) = sum_j e_j^2``, from which the damping's share ``l |E|^2`` is taken off.
@@ -23,8 +23,9 @@ On NVIDIA GPUs the loop over columns is a fused kernel (``kernels/gptq_block.py`
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,11 +34,12 @@ import torch
 from quantlab.quant.grid import Grid, Quantized, fit
 from quantlab.quant.kernels import available
 from quantlab.quant.statistics import mirror, strips
-from quantlab.quant.view import BlockResult, BlockView, split
+from quantlab.quant.view import BlockResult, BlockView, join, split
 
 ActOrder = bool | Literal["group"]
 PANEL = 1024  # columns of a Hessian that are factorised at once
-INNER = 32  # columns corrected one by one before a product carries their errors on
+TALL = 8192  # rows solved at once: more take memory and save no time
+LEAF = 8  # columns corrected one by one before a product carries their errors on
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def solve_many(
     static_groups: bool = False,
     block: int = 128,
 ) -> list[tuple[Quantized, torch.Tensor]]:
-    """Solve ``weight`` [out, in] on several grids of one group width at once.
+    """Solve ``weight`` [out, in] on several grids at once. Their groups nest (on GPUs: are of one width).
 
     Args:
         in_place: groups are the columns' own (in order, ``act_order="group"``, static groups) rather than runs of
@@ -214,14 +216,25 @@ def solve_many(
         For each grid the result, and the squared output error a token of every row, float32 [out].
     """
     rows, columns = weight.shape
-    width = grids[0].columns(columns)
-    if any(grid.columns(columns) != width for grid in grids):
-        raise ValueError("grids that are solved together must have one group width")
+    widths = [grid.columns(columns) for grid in grids]
+    if not nest(widths):
+        raise ValueError(f"groups of {widths} columns do not nest: such grids are not solved together")
+    at_once = max(1, TALL // len(grids))
+    if rows > at_once and not available(weight.device):
+        tiles = [
+            solve_many(tile, prepared, grids, in_place=in_place, static_groups=static_groups, block=block)
+            for tile in weight.split(at_once)
+        ]
+        return [
+            (join([solved for solved, _ in of]), torch.cat([loss for _, loss in of]))
+            for of in zip(*tiles, strict=True)
+        ]
     order, dead = prepared.order, prepared.dead
+    parts = [slice(i * rows, (i + 1) * rows) for i in range(len(grids))]
     static = None
     if static_groups:
-        whole = weight.to(torch.float32).masked_fill(dead, 0.0).reshape(rows, columns // width, width)
-        static = [fit(whole, grid) for grid in grids]
+        whole = weight.to(torch.float32).masked_fill(dead, 0.0)
+        static = [fit(whole.view(rows, -1, width), grid) for width, grid in zip(widths, grids, strict=True)]
     # Where a channel is dead any value is as good, and zero widens no range.
     if available(weight.device):
         from quantlab.quant.kernels.gptq_block import solve_columns_cuda
@@ -230,27 +243,27 @@ def solve_many(
             weight.to(torch.float32).masked_fill(dead, 0.0)[:, order].repeat(len(grids), 1)
         )  # [grids * out, in]
         codes, scales, zeros, loss = solve_columns_cuda(w, prepared.factor, order, grids, static)
-        codes, scales, zeros = codes.t(), scales.t(), zeros.t()
+        codes = codes.t()
+        fitted = [(scales[part].t(), zeros[part].t()) for part in parts]
     else:
         w = weight.to(torch.float32).t()[order]  # [in, out]
         w[dead[order]] = 0.0
         w = w.repeat(1, len(grids)) if len(grids) > 1 else w
-        codes, scales, zeros, loss = _solve_columns(w, prepared.factor, order, grids, static, block)
+        codes, fitted, loss = _solve_columns(w, prepared.factor, order, grids, static, block)
     del w
     back = torch.argsort(order)
-    group_of = torch.arange(columns, device=weight.device) // width
-    if not in_place:
-        group_of = group_of[back]
-    elif static is None:  # whole groups were ordered: the k-th one solved goes back to where it stands
-        placed = torch.argsort(order[::width] // width)
-        scales, zeros = scales[placed], zeros[placed]
     found = []
-    for i, grid in enumerate(grids):
-        part = slice(i * rows, (i + 1) * rows)
+    for part, grid, width, (scales, zeros) in zip(parts, grids, widths, fitted, strict=True):
+        group_of = torch.arange(columns, device=weight.device) // width
+        if not in_place:
+            group_of = group_of[back]
+        elif static is None:  # whole groups were ordered: the k-th one solved goes back to where it stands
+            placed = torch.argsort(order[::width] // width)
+            scales, zeros = scales[placed], zeros[placed]
         solved = Quantized(
             codes[back, part].t().contiguous(),
-            scales[:, part].t().contiguous(),
-            zeros[:, part].t().to(torch.int32).contiguous(),
+            scales.t().contiguous(),
+            zeros.t().to(torch.int32).contiguous(),
             group_of,
             grid.bits,
         )
@@ -266,61 +279,90 @@ def _solve_columns(
     grids: Sequence[Grid],
     static: Sequence[tuple[torch.Tensor, torch.Tensor]] | None,
     block: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     """The recursion on ``w`` float32 [in, rows] (overwritten), rows being those of each grid in turn.
+
+    A block of columns is solved by halves: the left one, one product that takes its errors off the right one, the right
+    one. Halves end in leaves of a few columns, each inside one group of every grid; there everything is divided by the
+    group's scale once, so that a column takes four passes: round, clamp, subtract, and off the leaf's later columns.
 
     ``static``: scales and zeros [out, groups] of each grid, of groups in place.
 
     Returns:
-        codes uint8 [in, rows], scales and zeros float32 [groups, rows], ``sum_j e_j^2`` float32 [rows].
+        codes uint8 [in, rows]; of each grid scales and zeros float32 [groups, out]; ``sum_j e_j^2`` float32 [rows].
     """
     columns, rows = w.shape
-    width = grids[0].columns(columns)
-    per_grid = rows // len(grids)
-    if width < columns:
-        block = max(width, block - block % width)  # a group never straddles two blocks
-    inner = math.gcd(width, INNER) if static is None and width < columns else INNER
+    out = rows // len(grids)
+    parts = [slice(i * out, (i + 1) * out) for i in range(len(grids))]
+    widths = [grid.columns(columns) for grid in grids]
+    nested = sorted({width for width in widths if width < columns})
+    if nested:
+        block = max(nested[-1], block - block % nested[-1])  # a group never straddles two blocks
+    leaf = 1 if static is not None else math.gcd(LEAF, *nested)
+    units = [leaf, *nested]  # halves end where these do: a group starts when all of it has been corrected
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(columns // width, rows, device=w.device)
-    zeros = torch.empty_like(scales)
-    top = torch.cat([w.new_full((per_grid,), float(grid.max_code)) for grid in grids])  # [rows]
-    bottom, value, loss = torch.zeros_like(top), torch.empty_like(top), torch.zeros_like(top)
-    group_of: list[int] = []
-    if static is not None:
-        scales = torch.cat([scale for scale, _ in static]).t().contiguous()
-        zeros = torch.cat([zero for _, zero in static]).t().contiguous()
-        group_of = (order // width).tolist()
-    diagonal = torch.diagonal(factor).tolist()
-    scale, zero = scales[0], zeros[0]
+    if static is None:
+        fitted = [
+            (w.new_empty(columns // width, out), w.new_empty(columns // width, out)) for width in widths
+        ]
+    else:
+        fitted = [(scales.t().contiguous(), zeros.t().contiguous()) for scales, zeros in static]
+    top = torch.cat([w.new_full((out,), float(grid.max_code)) for grid in grids])  # [rows]
+    bottom, loss = torch.zeros_like(top), torch.zeros_like(top)
+    scale, zero = torch.empty_like(top), torch.empty_like(top)  # of the groups at hand
+    errors = w.new_empty(min(block, columns), rows)
+    taken = torch.empty_like(errors)  # codes
+    diagonal = torch.diagonal(factor)[:, None]
+    origin = order.tolist()
+
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        errors = torch.empty(stop - start, rows, device=w.device)
-        for low in range(start, stop, inner):
-            high = min(low + inner, stop)
-            for j in range(low, high):
+        for low, middle, high in halves(start, stop, units):
+            if middle < high:  # the left half is done: its errors are taken off the right one
+                done = errors[low - start : middle - start]
+                w[middle:high].addmm_(factor[low:middle, middle:high].t(), done, alpha=-1)
+                continue
+            for part, grid, width, (scales, zeros) in zip(parts, grids, widths, fitted, strict=True):
                 if static is not None:
-                    scale, zero = scales[group_of[j]], zeros[group_of[j]]
-                elif j % width == 0:  # a new group: its range is that of the weights as corrected so far
-                    group = j // width
-                    for i, grid in enumerate(grids):
-                        part = slice(i * per_grid, (i + 1) * per_grid)
-                        scales[group, part], zeros[group, part] = fit(w[j : j + width, part].t(), grid)
-                    scale, zero = scales[group], zeros[group]
-                column, error = w[j], errors[j - start]  # [rows]
-                torch.div(column, scale, out=value).add_(zero).round_()
-                torch.clamp(value, bottom, top, out=value)
-                codes[j] = value
-                torch.addcmul(column, value.sub_(zero), scale, value=-1, out=error)
-                error.div_(diagonal[j])
-                if j + 1 < high:
-                    w[j + 1 : high].addr_(factor[j, j + 1 : high], error, alpha=-1)
-            if high < stop:
-                done = errors[low - start : high - start]
-                w[high:stop].addmm_(factor[low:high, high:stop].t(), done, alpha=-1)
-        loss += errors.square().sum(dim=0)
+                    scale[part], zero[part] = (found[origin[low] // width] for found in (scales, zeros))
+                elif low % width == 0:  # a new group: its range is that of the weights as corrected so far
+                    scale[part], zero[part] = fit(w[low : low + width, part].t(), grid)
+                    scales[low // width], zeros[low // width] = scale[part], zero[part]
+            values, inside = w[low:high], slice(low - start, high - start)
+            torch.div(values, scale, out=values).add_(zero)  # in steps of the grid
+            ratio = factor[low:high, low:high] / diagonal[low:high]
+            rows_of = zip(values.unbind(), taken[inside].unbind(), errors[inside].unbind(), strict=True)
+            for j, (value, code, error) in enumerate(rows_of, start=1):  # [rows]
+                torch.clamp(torch.round(value, out=code), bottom, top, out=code)
+                torch.sub(value, code, out=error)
+                if low + j < high:
+                    values[j:].addr_(ratio[j - 1, j:], error, alpha=-1)
+            errors[inside].mul_(scale).div_(diagonal[low:high])
+        done = errors[: stop - start]
+        codes[start:stop] = taken[: stop - start]
+        loss += done.square().sum(dim=0)
         if stop < columns:
-            w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    return codes, scales, zeros, loss
+            w[stop:].addmm_(factor[start:stop, stop:].t(), done, alpha=-1)
+    return codes, fitted, loss
+
+
+def halves(low: int, high: int, units: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """How columns ``low:high`` are solved: leaves ``(low, high, high)`` of at most ``units[0]`` columns in order, and
+    between two halves, each of whole ``units`` where it can be, ``(low, middle, high)``."""
+    if high - low <= units[0]:
+        yield low, high, high
+        return
+    unit = max(unit for unit in units if unit < high - low)
+    middle = low + unit * -(-(high - low) // (2 * unit))
+    yield from halves(low, middle, units)
+    yield low, middle, high
+    yield from halves(middle, high, units)
+
+
+def nest(widths: Sequence[int]) -> bool:
+    """Whether wider groups are whole numbers of narrower ones, so that one loop over columns solves them all."""
+    rising = sorted(set(widths))
+    return all(wide % narrow == 0 for narrow, wide in itertools.pairwise(rising))
 
 
 def squared_distance(
@@ -365,9 +407,11 @@ def quantize_block(
     for moments in block.moments:
         weight, sizes = block.stack(moments), block.rows(moments)
         columns = weight.shape[1]
-        for width in dict.fromkeys(grid.columns(columns) for grid in grids):
-            chosen = [i for i, grid in enumerate(grids) if grid.columns(columns) == width]
-            # Only ``act_order="group"`` orders differently for different widths.
+        widths = [grid.columns(columns) for grid in grids]
+        # Only ``act_order="group"`` orders differently for different widths; the kernel for GPUs takes one at a time.
+        together = act_order != "group" and nest(widths) and not available(weight.device)
+        for width in dict.fromkeys(widths[:1] if together else widths):
+            chosen = [i for i in range(len(grids)) if together or widths[i] == width]
             key = ("gptq", moments.layers[0], damp, act_order, width if act_order == "group" else 0)
             known = {} if block.cache is None else block.cache
             if key not in known:

@@ -83,7 +83,7 @@ def fit(
         ``scale`` float32 and ``zero`` float32 (integers), both ``[...]``. An all-zero group gets a grid on
         which zero is exact.
     """
-    low, high = torch.aminmax(groups, dim=-1)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)  # aminmax is several times as slow on CPUs
     return fit_range(low.clamp(max=0.0) * shrink, high.clamp(min=0.0) * shrink, grid)
 
 

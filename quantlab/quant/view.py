@@ -77,3 +77,10 @@ def split(quantized: Quantized, sizes: Sequence[int]) -> list[Quantized]:
     )
     group_of, bits = quantized.group_of, quantized.bits
     return [Quantized(codes, scales, zeros, group_of, bits) for codes, scales, zeros in parts]
+
+
+def join(parts: Sequence[Quantized]) -> Quantized:
+    """The rows of all parts below one another: what :func:`split` cuts."""
+    first = parts[0]
+    rows = [torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")]
+    return Quantized(rows[0], rows[1], rows[2], first.group_of, first.bits)

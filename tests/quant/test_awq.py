@@ -30,9 +30,10 @@ def loss(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, clip:
 
 def test_search_pays_and_never_harms() -> None:
     weight, hessian, magnitude = outlier_problem()
-    scale = search_scales([weight], [hessian], magnitude, GRID)
+    scale, known = search_scales([weight], [hessian], magnitude, GRID)
     plain = layer_loss(weight, round_to_grid(weight, GRID).dequantize(), hessian).item()
     scaled, clipped = loss(weight, hessian, scale, False), loss(weight, hessian, scale, True)
+    assert known[0].sum().item() == pytest.approx(scaled, rel=1e-4)
     assert scaled < 0.9 * plain
     assert clipped <= scaled
 
@@ -40,7 +41,7 @@ def test_search_pays_and_never_harms() -> None:
 def test_no_layer_of_a_group_gets_worse() -> None:
     first, hessian, magnitude = outlier_problem()
     second = torch.randn(16, 64, generator=torch.Generator().manual_seed(9)) * torch.logspace(1, -1, 64)
-    scale = search_scales([first, second], [hessian] * 2, magnitude, GRID)
+    scale, _ = search_scales([first, second], [hessian] * 2, magnitude, GRID)
     for weight in (first, second):
         plain = layer_loss(weight, round_to_grid(weight, GRID).dequantize(), hessian).item()
         assert loss(weight, hessian, scale, False) <= plain

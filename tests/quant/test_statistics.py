@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -24,6 +25,19 @@ def test_sums_agree_with_float64() -> None:
     assert moments.tokens == 4000
     assert ((moments.hessian - exact).norm() / exact.norm()).item() < 1e-5
     assert torch.allclose(moments.magnitude, x.double().abs().mean(dim=0).float(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_are_in_float32_whatever_the_inputs_are(dtype: torch.dtype) -> None:
+    """Wide enough for the products that matrix instructions do: what they round must not be anything."""
+    x = torch.randn(6000, 384, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    moments = Moments.empty("a", 384)
+    moments.add(x)
+    moments.finish()
+    exact = x.double().t() @ x.double() / len(x)
+    assert ((moments.hessian - exact).norm() / exact.norm()).item() < 2e-6
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_which_layers_share_is_observed(tiny: Path) -> None:

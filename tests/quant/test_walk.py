@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from quantlab.errors import DataError
 from quantlab.models.load import load_subject
-from quantlab.models.precision import cpu_multiplies
 from quantlab.progress import Silent
 from quantlab.quant.gptq import prepare, solve_many
 from quantlab.quant.grid import Grid, layer_loss
@@ -131,9 +130,9 @@ def test_a_memory_limit_changes_the_order_of_sums_alone(
     tight = run(tiny, tmp_path / "tight", wanted, memory_limit=600_000_000)
     for name in wanted:
         one, other = tensors(tmp_path / "free" / name), tensors(tmp_path / "tight" / name)
-        # In float32, where later blocks see what was made of earlier ones, one code that fell the other way moves many
-        # after it, to a solution as good; states rounded to bfloat16 hide such small differences.
-        if name == "g4" or cpu_multiplies(torch.bfloat16):
+        # Where later blocks see what was made of earlier ones, one code that fell the other way moves many after it, to
+        # a solution as good. (States rounded to bfloat16 hide such small differences on some CPUs, not on all.)
+        if name == "g4":
             assert sum(int((one[k] != other[k]).sum()) for k in one) <= 0.01 * sum(
                 v.numel() for v in one.values()
             )
