@@ -193,13 +193,14 @@ def autoawq(spec: Spec, clock: Clock) -> None:
     import_common()
     import torch
     from awq import AutoAWQForCausalLM  # type: ignore[import-not-found]
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     rows = read_rows(spec)
     clock.imported()
     wish = {"torch_dtype": torch.float32} if spec.get("dtype") == "float32" else {}
     model = AutoAWQForCausalLM.from_pretrained(spec["model"], **wish)
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+    # By name: the class that transformers 5 writes into a tokenizer's configuration is unknown to the older one.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(spec["model"])
     clock.lap("load")
     settings = {
         "zero_point": True,
