@@ -9,18 +9,18 @@ families are tried here. The clip search of the authors' code (shrinking a group
 The loss of a candidate is its exact mean squared output error over the calibration tokens, written with the
 second moments: ``tr((W - W') H (W - W')^T)``, so no candidate runs the model again. Candidates are ranked on a sample
 of the rows (``SCREENED`` of each layer: rows are independent, and a scale is judged by their sum); the best are then
-measured on all. A candidate that makes any of the layers sharing the scale worse than plain rounding is dropped, so
-the result is never worse than round-to-nearest for any layer.
+measured on all. Where candidates are only ranked, products may round their operands to bfloat16: it moves the sum of a
+sample's losses by less than 1e-4. A candidate that makes any of the layers sharing the scale worse than plain rounding
+is dropped, so the result is never worse than round-to-nearest for any layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from quantlab.models.precision import bfloat16_operands, cpu_multiplies
+from quantlab.models.precision import bfloat16_operands
 from quantlab.quant.grid import Grid, Quantized, fit, fit_range, nearest_values, round_to_grid
 
 SCREENED = 128  # rows of each layer that candidates are ranked on
@@ -62,7 +62,7 @@ def search_scales(
     energy = [max(((w @ h) * w).sum().item(), 1e-20) for w, h in zip(sample, hessians, strict=True)]
 
     def judged(scale: torch.Tensor) -> float:
-        with ranking(magnitude.device):
+        with bfloat16_operands(magnitude.device):
             losses = [row_loss(w, scale, h, grid).sum().item() for w, h in zip(sample, hessians, strict=True)]
         return sum(loss / e for loss, e in zip(losses, energy, strict=True))
 
@@ -98,13 +98,6 @@ def search_scales(
         if all(a.sum() <= b.sum() for a, b in zip(scaled, plain, strict=True)):
             return scale, scaled
     return ones, plain
-
-
-def ranking(device: torch.device) -> AbstractContextManager[None]:
-    """Products that only rank candidates are in bfloat16, summed in float32, on CPUs that are faster so: it moves the
-    sum of a sample's losses by less than 1e-4."""
-    fast = device.type == "cpu" and cpu_multiplies(torch.bfloat16)
-    return bfloat16_operands() if fast else nullcontext()
 
 
 def row_loss(
@@ -201,7 +194,7 @@ def search_clip(
         [hessian[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in range(count)]
     )
     chunk = max(1, CHUNK // columns)
-    with ranking(weight.device):
+    with bfloat16_operands(weight.device):
         best = torch.cat([_clip_rows(part, blocks, grid, steps, smallest) for part in weight.split(chunk)])
     ones = torch.ones(columns, device=weight.device)
     if full is None:

@@ -80,9 +80,9 @@ def _attempt(
         scales[pair.consumer] = scale
         full[pair.consumer] = found[0]
         divide[pair.producer][tie] = scale  # columns of one row have one scale
-    for name, by in divide.items():
-        if not bool((by == 1).all()):
-            full.pop(name, None)  # of rows that are divided now
+    divided = [name for name, by in divide.items() if not bool((by == 1).all())]
+    for name in divided:
+        full.pop(name, None)  # of rows as they were
     for fold in block.structure.norms if scale_search else ():
         norm = block.norms[fold.norm]
         realize = Realize(norm.weight, norm.weight.dtype, norm.offset)
@@ -91,8 +91,7 @@ def _attempt(
         mean = sum(seen[n].magnitude * (seen[n].tokens / max(tokens, 1)) for n in fold.layers)
         assert isinstance(mean, torch.Tensor)
         hessians = [seen[n].hessian for n in fold.layers]
-        whole = all(bool((divide[n] == 1).all()) for n in fold.layers)
-        known = [rounded[n] for n in fold.layers] if whole else None
+        known = [rounded[n] for n in fold.layers] if not {*divided} & {*fold.layers} else None
         scale, found = search_scales(weights, hessians, mean, grid, steps=steps, realize=realize, plain=known)
         full.update(zip(fold.layers, found, strict=True))
         if bool((scale == 1).all()):
@@ -109,9 +108,8 @@ def _attempt(
             weight, m.hessian, scale, grid, clip=clip, full=full.get(name)
         )
         result.loss[name] = (loss * divide[name].square()).sum().item()  # rows in their original size
-    for name, by in divide.items():
-        if not bool((by == 1).all()):
-            _multiply(result, block, f"{name}.bias", 1 / by)
+    for name in divided:
+        _multiply(result, block, f"{name}.bias", 1 / divide[name])
     return result
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from quantlab.models.precision import bfloat16_operands, computed_in
+from quantlab.models.precision import bfloat16_operands
 
 CHUNK = 2048  # tokens converted to float32 at once
 STRIPS = 8  # at most; strips narrower than NARROWEST columns waste more in small products than they save
@@ -72,10 +72,9 @@ class Moments:
 
     def add(self, x: torch.Tensor) -> None:
         """Account for inputs ``x`` [..., in]."""
-        exact = x.dtype == torch.bfloat16 and computed_in(x.dtype, x.device) == x.dtype
         for part in x.detach().reshape(-1, x.shape[-1]).split(CHUNK):  # [tokens, in]
             flat = part.to(torch.float32)
-            with bfloat16_operands() if exact else nullcontext():
+            with bfloat16_operands(x.device) if x.dtype == torch.bfloat16 else nullcontext():
                 rank_k_update(self.hessian, flat)
             # A quarter of the time of torch's own norm over the first dimension; `flat` may be the caller's tensor.
             self.magnitude += (flat.abs() if flat is part else flat.abs_()).sum(dim=0)

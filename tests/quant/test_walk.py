@@ -132,10 +132,10 @@ def test_a_memory_limit_changes_the_order_of_sums_alone(
         one, other = tensors(tmp_path / "free" / name), tensors(tmp_path / "tight" / name)
         # Where later blocks see what was made of earlier ones, one code that fell the other way moves many after it, to
         # a solution as good. (States rounded to bfloat16 hide such small differences on some CPUs, not on all.)
-        if name == "g4":
-            assert sum(int((one[k] != other[k]).sum()) for k in one) <= 0.01 * sum(
-                v.numel() for v in one.values()
-            )
+        share = 0.01 if name == "g4" else 0.5
+        assert sum(int((one[k] != other[k]).sum()) for k in one) <= share * sum(
+            v.numel() for v in one.values()
+        )
         assert free[name].loss == pytest.approx(tight[name].loss, rel=0.05)
     assert not [p for p in tmp_path.rglob("*") if "activations" in p.name]
 
