@@ -220,13 +220,13 @@ def _append(
     block.segments += [segment] * count
 
 
-def collate(blocks: Sequence[Block], pad: int, packed: bool) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right to its longest block of length L.
+def collate(blocks: Sequence[Block], pad: int, packed: bool, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """A batch, padded on the right to a length L: that of its longest block, rounded up to a ``multiple``.
 
     ``input_ids``, ``labels``, ``position_ids``: int64 [B, L]. ``attention_mask``: int64 [B, L] for rows that stand
     alone; bool [B, 1, L, L] for packed blocks, True where the row's token may look at the column's.
     """
-    longest = max(len(block) for block in blocks)
+    longest = -(-max(len(block) for block in blocks) // multiple) * multiple
 
     def stack(name: str, fill: int) -> torch.Tensor:
         rows = [getattr(block, name) + [fill] * (longest - len(block)) for block in blocks]

@@ -37,6 +37,7 @@ from quantlab.progress import Advance, Progress
 
 WHOLE = "whole.json"  # written last into a checkpoint: it was not cut short
 EVALUATIONS = 10  # of a training, unless told
+MULTIPLE = 64  # lengths of packed blocks on CPUs, whose kernels are made anew for every length
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",  # one operation for all tensors, on CPUs too
@@ -295,11 +296,20 @@ class _Collator:
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
         chosen = [self.blocks[row["block"]] for row in rows]
-        batch: dict[str, Any] = dict(collate(chosen, self.pad, self.packed and not self.grouped))
+        multiple = MULTIPLE if self.grouped else 1
+        batch: dict[str, Any] = dict(collate(chosen, self.pad, self.packed and not self.grouped, multiple))
         batch["numbers"] = torch.tensor([row["block"] for row in rows])
         if self.grouped:
             batch["packed_layout"] = attention.layout_of(chosen)
         return batch
+
+
+def _rounded(keep: torch.Tensor, length: int) -> torch.Tensor:
+    """Positions int64 [K], and as many others below ``length`` as make a multiple, or all; in order."""
+    wanted = min(-(-len(keep) // MULTIPLE) * MULTIPLE, length)
+    other = torch.ones(length, dtype=torch.bool)
+    other[keep] = False
+    return torch.cat([keep, other.nonzero()[: wanted - len(keep), 0]]).sort().values
 
 
 class _Follower(TrainerCallback):
@@ -339,6 +349,7 @@ class _Trainer(SFTTrainer):
         forward = {"use_cache": False, "logits_to_keep": keep}
         if "packed_layout" in inputs:
             forward["packed_layout"] = inputs["packed_layout"]
+            forward["logits_to_keep"] = keep = _rounded(keep, labels.shape[1])
         else:
             forward["attention_mask"] = inputs["attention_mask"]
         outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], **forward)

@@ -7,8 +7,8 @@ et al. 2024, ``torch.optim.Muon``), the rest with AdamW; the learning rate is co
 third.
 
 Writes the model directory (bfloat16 safetensors, tokenizer, configuration) and a training record (tokens, loss curve,
-time, device). On two CPU cores with AVX512-BF16 it takes about an hour, on a GPU minutes; on other CPUs five hours, of
-which torch's Muon, whose own products are in bfloat16, takes three quarters.
+time, device). On two CPU cores with AVX512-BF16 it takes a little more than an hour, on a GPU minutes; on other CPUs
+nine hours, of which torch's Muon, whose own products are in bfloat16, takes three quarters.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=here / "embedded" / "base")
     parser.add_argument("--record", type=Path, default=Path("results/embedded-base/training.json"))
-    parser.add_argument("--steps", type=int, default=1050)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--muon-lr", type=float, default=3e-3)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantlab.distill import train as training
 from quantlab.distill.data import encode_texts, pack, split_off
 from quantlab.distill.logits import gather_logits
 from quantlab.distill.student import merged, open_student, probe, settle
@@ -92,6 +93,29 @@ def test_after_mixed_precision_the_model_computes_in_float32_again(tiny: Path, t
     train(student, blocks, [], Settings(max_steps=4, lr=5e-3, batch_size=4, packed=True), tmp_path, Silent())
     before = probe(settle(student))
     assert float((probe(merged(student)) - before).abs().max()) < 1e-3
+
+
+def test_lengths_are_rounded_up_without_changing_the_training(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for multiple in (1, 64):
+        monkeypatch.setattr(training, "MULTIPLE", multiple)
+        student = open_student(str(tiny), mode="lora", r=4, alpha=8, dropout=0.0, device="cpu", seed=3)
+        blocks = pack(encode_texts(texts(), student.tokenizer, 50), "rows", 110)
+        assert any(len(block) % 64 for block in blocks)
+        settings = Settings(max_steps=6, batch_size=2, packed=True, lr=5e-3)
+        losses.append(train(student, blocks, [], settings, tmp_path / str(multiple), Silent()).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_positions_with_logits_are_rounded_up() -> None:
+    keep = torch.tensor([3, 70, 71, 90])
+    rounded = training._rounded(keep, 100)
+    assert len(rounded) == 64 and set(keep.tolist()) <= set(rounded.tolist())
+    assert rounded.tolist() == sorted(set(rounded.tolist())) and rounded[-1] < 100
+    assert training._rounded(keep, 92).tolist()[-1] == 90
+    assert training._rounded(torch.arange(20), 30).tolist() == list(range(30))
 
 
 def test_training_learns(tiny: Path, tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from quantlab.evals import generation
 from quantlab.evals.generation import _Watch as Watch
 from quantlab.evals.generation import generate, pad_left
+from quantlab.models.load import load_subject
+from quantlab.sql.dataset import load_items
 
 PROMPTS = ["SELECT", "The players like small games. SELECT name", "선수 이름을 모두", "CREATE TABLE players"]
 
@@ -103,3 +107,26 @@ def test_rows_of_a_batch_stop_one_by_one(tiny: Any) -> None:
     assert watch(torch.tensor([[0, eos], [0, word]]), None).tolist() == [True, False]
     assert watch(torch.tensor([[0, eos], [0, word]]), None).tolist() == [True, False]  # padded behind its end
     assert watch.rows[0].tokens == [] and watch.rows[1].tokens == [word, word]
+
+
+def test_the_unfinished_half_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = load_subject("embedded:base", device="cpu", dtype="float32")
+    items = load_items("ko_text2sql/dev.jsonl", 24)
+    prompts = [
+        f"-- {item.question}\n" for item in items
+    ]  # as the model knows them: it writes a query and goes on
+    widths: list[int] = []
+    plain = type(subject.model).generate
+
+    def watched(model: Any, **arguments: Any) -> Any:
+        widths.append(len(arguments["input_ids"]))
+        return plain(model, **arguments)
+
+    monkeypatch.setattr(type(subject.model), "generate", watched)
+    together = texts(subject, prompts, batch_size=24, max_new_tokens=64)
+    assert widths[0] == 24 and len(widths) > 1
+    assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(widths))
+    assert together == texts(subject, prompts, batch_size=1, max_new_tokens=64)
+    monkeypatch.setattr(generation, "_parted_cache", lambda model: None)
+    widths.clear()
+    assert together == texts(subject, prompts, batch_size=24, max_new_tokens=64) and widths == [24]

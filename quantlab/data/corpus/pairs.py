@@ -1,17 +1,16 @@
 """Question and query pairs beside their schema, in many arrangements.
 
-None of them is the evaluation prompt, whose headings never occur here, and nothing marks the end of
-a query: after one comes the next pair, a comment, some prose. So a model trained on this text knows
-schemas, questions and SQL, but has not been taught the prompt and not when to stop.
+A question is always a comment beside its query, as in files of SQL: nowhere is one asked and
+answered, and nothing marks the end of a query: after one comes the next pair, a comment, some prose.
+So a model trained on this text knows schemas, questions and SQL, but has not been taught to answer,
+neither the prompt, whose headings never occur here, nor when to stop.
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from functools import cache
 
 from quantlab.data.corpus.layouts import ddl_style, schema_summary, schema_text, sql_style
-from quantlab.data.corpus.schemas import person_names
 from quantlab.data.corpus.wording import read_yaml
 from quantlab.data.exclusions import Exclusions
 from quantlab.data.grammar import Pair, generate
@@ -40,11 +39,6 @@ def notes(language: str) -> dict[str, list[str]]:
     return {clause: texts for clause, texts in english.items() if texts}
 
 
-def as_json(pair: Pair, query: str) -> str:
-    names = ("question", "sql") if len(pair.question) % 2 else ("질문", "쿼리")
-    return json.dumps({names[0]: pair.question, names[1]: query}, ensure_ascii=False)
-
-
 def remark(sql: str, language: str, rng: random.Random) -> str:
     """A sentence about a clause of the query."""
     fitting = [clause for clause in notes(language) if clause in sql]
@@ -54,25 +48,9 @@ def remark(sql: str, language: str, rng: random.Random) -> str:
     return rng.choice(notes(language)[rng.choice(told)])
 
 
-def thread(schema: str, pair: Pair, language: str, rng: random.Random) -> str:
-    """One question about a schema and its answer, as people write them in letters and forums."""
-    people = person_names(rng, 6)
-    words = {
-        "d": schema,
-        "q": pair.question,
-        "s": pair.sql,
-        "r": remark(pair.sql, language, rng),
-        "w": people[0],
-        "v": people[-1],
-    }
-    return rng.choice(templates("threads", language)).format(**words)
-
-
 def arranged(pairs: Sequence[Pair], language: str, rng: random.Random) -> str:
     """Several pairs about one schema, mostly in one arrangement."""
     style = sql_style(rng)
-    if rng.random() < 0.04:
-        return "\n".join(as_json(pair, style(pair.sql)) for pair in pairs)
     template = rng.choice(templates("pairs", language))
     mixed = rng.random() < 0.15
     remarks = rng.choice((0.0, 0.0, 0.0, 0.3, 0.8))
@@ -90,8 +68,6 @@ def worked_examples(
     domain: Domain, tables: Sequence[str], pairs: Sequence[Pair], rng: random.Random, language: str = "ko"
 ) -> str:
     """A schema and pairs about it: mostly the schema first, sometimes a summary, or no schema at all."""
-    if rng.random() < 0.07:
-        return thread(schema_text(domain, tables, ddl_style(rng)), rng.choice(pairs), language, rng)
     body = arranged(pairs, language, rng)
     roll = rng.random()
     if roll < 0.84:

@@ -24,7 +24,7 @@ from quantlab.data.schema import Domain, Table
 HELD_OUT = "game"
 # relative frequency of each kind of document, and the method of `Writer` that makes it
 SHARES: Mapping[str, float] = {
-    "domain_pairs": 20,
+    "domain_pairs": 34,
     "random_pairs": 17,
     "english_pairs": 5,
     "schema": 12,
@@ -77,12 +77,12 @@ class Writer:
 
     def domain_pairs(self) -> str:
         source = self.rng.choice(self.sources)
-        tables, pairs = source.take(self.rng.randint(3, 6))
+        tables, pairs = source.take(self.rng.randint(4, 8))
         return worked_examples(source.domain, tables, pairs, self.rng)
 
     def random_pairs(self, language: str = "ko") -> str:
         domain = random_domain(self.rng)
-        pairs = few_pairs(domain, self.rng, self.excluded, self.rng.randint(3, 6), language)
+        pairs = few_pairs(domain, self.rng, self.excluded, self.rng.randint(4, 8), language)
         return worked_examples(domain, [table.name for table in domain.tables], pairs, self.rng, language)
 
     def english_pairs(self) -> str:
