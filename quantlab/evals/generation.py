@@ -119,7 +119,7 @@ def _run(
         kept = watch.keep_unfinished()
         if not watch.parts or not kept or ids.shape[1] >= longest:
             return
-        chosen = torch.tensor(kept, device=ids.device)
+        chosen = torch.tensor(kept)  # on the CPU: a cache may lie on several devices
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[chosen]
         ids = ids[chosen]
         cache.batch_select_indices(chosen)
