@@ -226,7 +226,8 @@ def collate(blocks: Sequence[Block], pad: int, packed: bool, multiple: int = 1) 
     ``input_ids``, ``labels``, ``position_ids``: int64 [B, L]. ``attention_mask``: int64 [B, L] for rows that stand
     alone; bool [B, 1, L, L] for packed blocks, True where the row's token may look at the column's.
     """
-    longest = -(-max(len(block) for block in blocks) // multiple) * multiple
+    longest = max(len(block) for block in blocks)
+    longest += -longest % multiple
 
     def stack(name: str, fill: int) -> torch.Tensor:
         rows = [getattr(block, name) + [fill] * (longest - len(block)) for block in blocks]

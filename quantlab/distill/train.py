@@ -306,10 +306,11 @@ class _Collator:
 
 def _rounded(keep: torch.Tensor, length: int) -> torch.Tensor:
     """Positions int64 [K], and as many others below ``length`` as make a multiple, or all; in order."""
-    wanted = min(-(-len(keep) // MULTIPLE) * MULTIPLE, length)
-    other = torch.ones(length, dtype=torch.bool)
-    other[keep] = False
-    return torch.cat([keep, other.nonzero()[: wanted - len(keep), 0]]).sort().values
+    taken = torch.zeros(length, dtype=torch.bool)
+    taken[keep] = True
+    spare = (~taken).nonzero()[: -len(keep) % MULTIPLE, 0]
+    taken[spare] = True
+    return taken.nonzero()[:, 0]
 
 
 class _Follower(TrainerCallback):
@@ -346,12 +347,11 @@ class _Trainer(SFTTrainer):
         labels = inputs["labels"][:, 1:]  # [B, L - 1]: what the position before should say
         learned = labels != IGNORED
         keep = learned.any(dim=0).nonzero()[:, 0]
-        forward = {"use_cache": False, "logits_to_keep": keep}
+        who_sees = "attention_mask"
         if "packed_layout" in inputs:
-            forward["packed_layout"] = inputs["packed_layout"]
-            forward["logits_to_keep"] = keep = _rounded(keep, labels.shape[1])
-        else:
-            forward["attention_mask"] = inputs["attention_mask"]
+            who_sees = "packed_layout"
+            keep = _rounded(keep, labels.shape[1])
+        forward = {"use_cache": False, "logits_to_keep": keep, who_sees: inputs[who_sees]}
         outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], **forward)
         where = learned[:, keep]
         logits = outputs.logits[where]  # [N, V], blocks in order, positions in order

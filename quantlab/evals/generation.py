@@ -98,24 +98,18 @@ def _run(
     if cache is None:
         cache = _parted_cache(model)
         watch.parts = cache is not None
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_length=longest, pad_token_id=pad, eos_token_id=ends or None
+    )
     while True:
-        config = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=longest - ids.shape[1],
-            pad_token_id=pad,
-            eos_token_id=ends or None,
-            return_dict_in_generate=True,
-        )
         with _own_config(model, config):
-            made = model.generate(
+            ids = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([watch]),
                 **({"past_key_values": cache} if cache is not None else {}),
             )
-        ids = made.sequences
         kept = watch.keep_unfinished()
         if not watch.parts or not kept or ids.shape[1] >= longest:
             return

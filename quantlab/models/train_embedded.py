@@ -1,7 +1,7 @@
 """Train the model that ships with quantlab, from nothing: ``python -m quantlab.models.train_embedded``.
 
 A Llama of 5.8 million parameters with a byte-level BPE of 4,096 tokens, trained on the project's own synthetic text
-(``quantlab.data.corpus``: schemas, questions and SQL in many arrangements, Korean and English prose). Everything is
+(``quantlab.data.corpus``: schemas, SQL with questions as comments, Korean and English prose). Everything is
 seeded; the same machine, thread count and versions give the same weights. Matrices are optimised with Muon (Jordan
 et al. 2024, ``torch.optim.Muon``), the rest with AdamW; the learning rate is constant and falls to zero over the last
 third.

@@ -112,9 +112,8 @@ def test_rows_of_a_batch_stop_one_by_one(tiny: Any) -> None:
 def test_the_unfinished_half_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = load_subject("embedded:base", device="cpu", dtype="float32")
     items = load_items("ko_text2sql/dev.jsonl", 24)
-    prompts = [
-        f"-- {item.question}\n" for item in items
-    ]  # as the model knows them: it writes a query and goes on
+    # As the model knows them: it writes a query and goes on.
+    prompts = [f"-- {item.question}\n" for item in items]
     widths: list[int] = []
     plain = type(subject.model).generate
 
