@@ -33,3 +33,13 @@ class DataError(QuantlabError):
     """The data or the model is bad: the message says which file, and which row or tensor."""
 
     exit_code = 4
+
+
+class NotANumber(DataError):
+    """A measurement came out as NaN: of this model and task nothing can be said; others may still be measured."""
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What a foreign exception says, fit for one line: libraries append lists of several hundred names."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

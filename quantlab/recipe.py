@@ -9,9 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from quantlab.errors import RecipeError
 from quantlab.paths import bundled, nearest
@@ -28,15 +35,19 @@ from quantlab.recipe_parts import (
     Text2SqlOptions,
 )
 
+if TYPE_CHECKING:
+    from quantlab.recipe_yaml import Places
+
 __all__ = [
     "BaseRecipe", "Calibration", "DistillRecipe", "EvaluateRecipe", "FidelityOptions", "KvCacheOptions",
     "LmEvalOptions", "PerplexityOptions", "QuantizeRecipe", "Recipe", "SpeedOptions", "TaskOptions", "Text2SqlOptions",
-    "bundled_recipes", "find_recipe", "json_schema", "load_recipe", "parse_recipe", "usable",
+    "bundled_recipes", "find_recipe", "json_schema", "load_recipe", "parse_recipe", "parse_settled", "usable",
 ]  # fmt: skip
 
 Method = Literal["none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq", "fp8"]
 Format = Literal["gptq", "awq", "compressed-tensors", "bitsandbytes", "none"]
 
+R = TypeVar("R", bound=BaseRecipe)
 GROUP_SIZES = (-1, 16, 32, 64, 128)
 
 
@@ -103,6 +114,19 @@ class QuantizeRecipe(BaseRecipe):
     format: Format = "gptq"
     calibration: Calibration = Calibration()
 
+    _named: frozenset[str] = PrivateAttr(default=frozenset())  # keys that were written, not filled in
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_what_was_named(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        recipe = handler(data)
+        if isinstance(data, dict):
+            recipe._named = frozenset(map(str, data))
+        return recipe
+
+    def named(self) -> dict[str, Any]:
+        return {key: value for key, value in super().named().items() if key in self._named}
+
     @model_validator(mode="before")
     @classmethod
     def _fill_by_method(cls, data: Any) -> Any:
@@ -117,7 +141,7 @@ class QuantizeRecipe(BaseRecipe):
         if method in _FIXED:
             filled.update(zip(("bits", "group_size", "symmetric", "format"), _FIXED[method], strict=True))
         else:
-            own = "awq" if method == "awq" else "gptq"
+            own = "awq" if method == "awq" and data.get("bits", 4) == 4 else "gptq"
             filled.setdefault("format", "compressed-tensors" if data.get("bits") == "auto" else own)
             filled.setdefault("symmetric", method != "awq" or filled["format"] == "compressed-tensors")
         return filled
@@ -240,14 +264,25 @@ def parse_recipe(text: str, name: str = "<recipe>", overrides: Sequence[str] = (
         raise RecipeError(
             f"{places.say(('kind',))}kind: {message}", hint=f"kind is one of: {', '.join(KINDS)}"
         )
+    recipe = _validated(KINDS[kind], content, places)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def parse_settled(kind: type[R], content: dict[str, Any], name: str = "<recipe>") -> R:
+    """A recipe of content that was put together by the program; RecipeError names the key that does not fit."""
+    from quantlab.recipe_yaml import Places
+
+    return _validated(kind, content, Places(name))
+
+
+def _validated(kind: type[R], content: dict[str, Any], places: Places) -> R:
     try:
-        recipe = KINDS[kind].model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         from quantlab.recipe_yaml import explain
 
-        raise RecipeError("\n".join(explain(error, KINDS[kind], places))) from None
-    assert isinstance(recipe, Recipe)
-    return recipe
+        raise RecipeError("\n".join(explain(error, kind, places))) from None
 
 
 def usable(override: str, method: str) -> bool:

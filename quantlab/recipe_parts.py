@@ -28,11 +28,15 @@ class Strict(BaseModel):
 
 Positive = Annotated[int, Field(ge=1)]
 
+# Bundled texts for a model of which nothing is known: Korean and English prose, dialogue, code, SQL. What a recipe does
+# not name is settled by the model (`models.defaults`): shorter windows, or the texts that the embedded model knows.
+GENERAL_CALIBRATION, GENERAL_TEXT = "calib/general.jsonl", "general.txt"
+
 
 class Calibration(Strict):
     """Texts that the statistics are gathered from: `rows` windows of `seq_len` tokens drawn with `seed`."""
 
-    source: str = "calib/ko-text2sql.jsonl"
+    source: str = GENERAL_CALIBRATION
     rows: Positive = 128
     seq_len: Annotated[int, Field(ge=8)] = 512
     seed: int = 0
@@ -67,7 +71,7 @@ class CachedOptions(Strict):
 
 
 class PerplexityOptions(CachedOptions):
-    source: str = "heldout.txt"
+    source: str = GENERAL_TEXT
     seq_len: Annotated[int, Field(ge=8)] = 512
     max_tokens: Positive | None = None
 
@@ -109,7 +113,7 @@ class Text2SqlOptions(CachedOptions):
 
 
 class FidelityOptions(CachedOptions):
-    source: str = "heldout.txt"
+    source: str = GENERAL_TEXT
     seq_len: Annotated[int, Field(ge=8)] = 512
     max_tokens: Positive | None = 16384
 
@@ -118,7 +122,7 @@ class SpeedOptions(CachedOptions):
     prompt_tokens: Positive = 128
     new_tokens: Annotated[int, Field(ge=2)] = 32
     batch_size: Positive = 1
-    repeats: Positive = 3
+    repeats: Positive = 5  # rounds of half a second or more
 
 
 class LmEvalOptions(Strict):
@@ -191,6 +195,10 @@ class BaseRecipe(Strict):
         dumped = self.model_dump(mode="json")
         head = {key: dumped[key] for key in ("kind", "method") if key in dumped}
         return head | {key: value for key, value in dumped.items() if key not in self.unused()}
+
+    def named(self) -> dict[str, Any]:
+        """The keys that were written, without anything filled in."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
     def decides(self) -> dict[str, Any]:
         """The part of the content that results depend on."""

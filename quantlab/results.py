@@ -27,16 +27,18 @@ from quantlab.paths import atomic_write_text, atomic_writer
 
 COLUMNS = (
     "run_id", "finished_at", "model", "parent", "stage", "method", "bits", "group_size", "format", "params",
-    "size_bytes", "bits_per_weight", "ppl", "ppl_ratio", "bits_per_byte", "kl_mean", "kl_p99",
-    "top1_agreement", "em", "ex", "ex_low", "ex_high", "judge", "lost", "gained", "tie_group",
-    "prefill_tok_s", "decode_tok_s", "peak_memory_bytes", "work_seconds", "device", "recipe_digest",
-    "model_digest", "data_digest", "quantlab_version",
+    "size_bytes", "bits_per_weight", "calibration", "ppl", "ppl_ratio", "bits_per_byte", "ppl_protocol", "ppl_text",
+    "kl_mean", "kl_p99", "top1_agreement", "kl_text", "em", "ex", "ex_low", "ex_high", "ex_data", "judge", "lost",
+    "gained", "tie_group", "prefill_tok_s", "prefill_ratio", "decode_tok_s", "decode_ratio", "disturbed",
+    "load_seconds", "memory_bytes", "peak_memory_bytes", "work_seconds", "device", "recipe_digest", "model_digest",
+    "data_digest", "quantlab_version",
 )  # fmt: skip
 
 # Columns that tasks fill in.
 MEASURED = (
-    "ppl", "bits_per_byte", "kl_mean", "kl_p99", "top1_agreement", "em", "ex", "ex_low", "ex_high", "judge",
-    "prefill_tok_s", "decode_tok_s", "peak_memory_bytes",
+    "ppl", "bits_per_byte", "ppl_protocol", "ppl_text", "kl_mean", "kl_p99", "top1_agreement", "kl_text", "em", "ex",
+    "ex_low", "ex_high", "ex_data", "judge", "prefill_tok_s", "prefill_ratio", "decode_tok_s", "decode_ratio",
+    "disturbed", "load_seconds", "memory_bytes", "peak_memory_bytes",
 )  # fmt: skip
 
 VERDICTS = ("ok", "wrong", "error", "timeout", "unparsed")

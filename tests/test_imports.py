@@ -23,7 +23,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("formats", "sql", "models"),
     ("calibration", "data"),
     ("recipe", "results"),
-    ("paths", "progress"),
+    ("paths", "progress", "workers"),
     ("errors",),
 )
 SAME = dict.fromkeys(("recipe_yaml", "recipe_parts", "recipe_distill"), "recipe")  # one piece in files

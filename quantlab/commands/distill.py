@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.commands.guard import print_json, stdout_is_stderr
+from quantlab.commands.quantize import check_device, fail_for
 from quantlab.distill.processes import is_first_process
 from quantlab.distill.sweep import Cell, cells
 from quantlab.errors import RecipeError
@@ -53,13 +54,13 @@ def run(name: str, options: Options, *, as_json: bool = False) -> None:
         summary = distill(label, recipe, options, progress)
     if first:
         show(summary, as_json=as_json)
+        fail_for(summary)
 
 
 def distill(name: str, recipe: DistillRecipe, options: Options, progress: Progress) -> dict[str, Any]:
     """Everything between the command line and its last line; returns the summary."""
     from quantlab.commands.distill_cell import run_cell
     from quantlab.commands.distill_plan import dry_run
-    from quantlab.commands.quantize import check_device
 
     check_device(options.device)
     found = cells(recipe, name)
@@ -82,6 +83,7 @@ def distill(name: str, recipe: DistillRecipe, options: Options, progress: Progre
         "status": "done",
         "recipe": name,
         "rows": rows,
+        "errors": [message for outcome in outcomes for message in outcome["errors"]],
         "cells": outcomes,
         "leaderboard": str(options.results / "leaderboard.csv"),
         "sweep": str(_sweep_folder(name, recipe, options)) if recipe.sweep else None,

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab import __version__
 from quantlab.calibration import read_texts
+from quantlab.commands.defaults import note_texts
 from quantlab.commands.distill_plan import Plan, plan_cell
 from quantlab.commands.work import (
     Work,
     find_baseline,
-    provenance,
     short_hash,
     start_run,
     text_digest,
@@ -26,6 +26,7 @@ from quantlab.distill.prepare import prepare, read_source
 from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.sweep import Cell
 from quantlab.models.files import ModelFiles, open_files
+from quantlab.models.provenance import provenance
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Progress
 from quantlab.quant.checkpoint import partial_path
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 def run_cell(name: str, cell: Cell, options: Options, progress: Progress) -> dict[str, Any]:
     """Prepare, train, save, measure; what is there already is kept."""
     plan = plan_cell(name, cell, options)
+    for said in (plan.files.found.note, note_texts([cell.recipe], plan.files)):
+        if said and is_first_process():
+            progress.note(f"{plan.files.name}: {said}")
     together = _Processes(options)
     if not plan.made:
         _make(plan, options, progress, together)
@@ -244,7 +248,7 @@ def _save(student: Any, plan: Plan, out: Path) -> dict[str, Any]:
     model = merged(student)
     error = float((probe(model) - before).abs().max())
     dtype = plan.recipe.dtype if plan.recipe.dtype != "auto" else _stored_dtype(plan.files)
-    save_merged(model, student.tokenizer, out, dtype)
+    save_merged(model, student, out, dtype)
     return {"merged": True, "dtype": dtype, "largest_logit_difference_before_rounding": error}
 
 
@@ -256,19 +260,20 @@ def _stored_dtype(files: ModelFiles) -> str:
 def _measure(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]:
     """Base and student on the same items, the comparison, the card; returns what the summary shows."""
     from quantlab.commands.distill_report import add_comparison, describe
-    from quantlab.commands.measure import Bench
+    from quantlab.commands.measure import Bench, Entry
     from quantlab.report.student_card import write_student_card
 
     bench = Bench(options.device, options.trust_remote_code, progress)
-    base = find_baseline(plan.work, plan.files.digest) or plan.base.existing()
-    if base is None or not base.done:
-        base = base or start_run(plan.base)
+    model = plan.recipe.student.model
+    base = find_baseline(plan.work, plan.files.digest) or plan.base.existing() or start_run(plan.base)
+    run = plan.work.existing() or start_run(plan.work)
+    entries = [Entry(plan.base, base, model), Entry(plan.work, run, plan.out)]
+    bench.take_turns([entry for entry in entries if not entry.run.done], (model, plan.recipe.dtype))
+    if not base.done:
         base.row["work_seconds"] = 0.0
-        bench.measure(plan.base, base, plan.recipe.student.model, None, None)
+        bench.measure(plan.base, base, model, None, None)
     made = provenance(plan.out)
-    run = plan.work.existing()
-    if run is None or not run.done:
-        run = run or start_run(plan.work)
+    if not run.done:
         run.row["work_seconds"] = made.get("seconds")
         run.record["checkpoint"] = str(plan.out)
         run.record["output_digest"] = open_files(plan.out).digest
@@ -279,10 +284,10 @@ def _measure(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]
         def before_end(run: Run) -> None:
             add_comparison(run, base, plan.recipe, options.book, progress)
 
-        bench.measure(plan.work, run, plan.out, base, plan.recipe.student.model, before_end)
+        bench.measure(plan.work, run, plan.out, base, model, before_end)
     rebuild_leaderboard(options.results)
     write_student_card(plan.out, run.row, run.record.get("before_after"))
-    return describe(plan.cell.label, run, base, made, plan.out)
+    return {**describe(plan.cell.label, run, base, made, plan.out), "errors": bench.errors}
 
 
 def _keep_rejected(plan: Plan, run: Run, options: Options) -> None:

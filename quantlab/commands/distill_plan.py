@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.calibration import read_texts
+from quantlab.commands.defaults import settle
 from quantlab.commands.work import (
     Work,
+    open_model,
     plan_work,
-    provenance,
     refuse_existing,
     short_hash,
     stored_as,
@@ -21,7 +22,8 @@ from quantlab.commands.work import (
 from quantlab.distill.prepare import Source, estimates, read_source
 from quantlab.distill.sweep import Cell
 from quantlab.errors import MachineError, RecipeError
-from quantlab.models.files import ModelFiles, open_files
+from quantlab.models.files import ModelFiles
+from quantlab.models.provenance import provenance
 from quantlab.paths import file_digest, find_source, slug
 from quantlab.recipe import DistillRecipe, QuantizeRecipe
 from quantlab.sql.dataset import digest
@@ -49,15 +51,15 @@ class Plan:
 
 def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
     """Names, digests and directories, refused where something is in the way. Imports nothing heavy."""
-    recipe = cell.recipe
-    _need_reporters(recipe.train.report_to)
-    files = open_files(recipe.student.model)
+    _need_reporters(cell.recipe.train.report_to)
+    files = open_model(cell.recipe.student.model)
+    recipe = settle(cell.recipe, files)
     label = f"{name}-{cell.label}" if cell.label else name
     at_hand = recipe.data.format != "text" and not recipe.data.source.startswith("hf:")
     source = read_source(recipe) if at_hand else None
     decides = [_source_digest(recipe, source)]
     if recipe.train.logits is not None:
-        decides.append(open_files(recipe.train.logits.model).digest)
+        decides.append(open_model(recipe.train.logits.model).digest)
     work = plan_work(label, recipe, recipe.student.model, files, options.results, decides)
     bits = stored_as(files)["bits"]
     work.row.update(stage="student", method=recipe.student.mode, bits=bits, format="none")

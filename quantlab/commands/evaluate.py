@@ -9,21 +9,23 @@ from typing import Any
 
 import yaml
 
+from quantlab.commands.defaults import note_texts, settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
-from quantlab.commands.measure import Bench
-from quantlab.commands.quantize import check_device, show
+from quantlab.commands.measure import Bench, Entry
+from quantlab.commands.quantize import calibration_name, check_device, fail_for, show
 from quantlab.commands.work import (
     COMPARED,
     Work,
     find_baseline,
+    open_model,
     plan_work,
-    provenance,
     refuse_existing,
     start_run,
     stored_as,
 )
 from quantlab.errors import RecipeError
-from quantlab.models.files import open_files
+from quantlab.models.files import ModelFiles
+from quantlab.models.provenance import provenance
 from quantlab.progress import Progress, default_progress
 from quantlab.recipe import EvaluateRecipe, parse_recipe
 from quantlab.results import Run, rebuild_leaderboard
@@ -97,6 +99,7 @@ def run(model: str, options: Options, *, as_json: bool = False) -> None:
         print_json(summary)
     else:
         show(summary, as_json=False)
+    fail_for(summary)
 
 
 def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]:
@@ -109,11 +112,14 @@ def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]
         raise RecipeError(
             "--task fidelity compares with the unquantized model", hint=f"add --baseline {parent}"
         )
-    target = _work(model, recipe, options)
+    files = open_model(model, progress)
+    if said := note_texts([recipe], files):
+        progress.note(said)
+    target = _work(files, settle(recipe, files), options)
     found = target.existing()
     if found is not None and not options.resume:
         refuse_existing(target, found)
-    baseline, works = _baseline(target, options)
+    baseline, works = _baseline(target, options, progress)
     works.append(target)
     if options.dry_run:
         plan = [
@@ -122,23 +128,27 @@ def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]
         ]
         return {"status": "dry-run", "model": model, "plan": plan}
     bench = Bench(options.device, options.trust_remote_code, progress)
-    for work in works:
-        found = work.existing()
-        if found is None or not found.done:
-            found = found or start_run(work)
-            bench.measure(work, found, work.model, baseline, options.baseline if work is target else None)
-        else:
+    runs = [work.existing() or start_run(work) for work in works]
+    entries = [Entry(work, run, work.model) for work, run in zip(works, runs, strict=True) if not run.done]
+    against = (options.baseline, target.recipe.dtype) if options.baseline else None
+    bench.take_turns(entries, against)
+    for work, run in zip(works, runs, strict=True):
+        if run.done:
             progress.note(f"{work.model}: measured already, run {work.run_id}")
+        else:
+            bench.measure(work, run, work.model, baseline, options.baseline if work is target else None)
         if work is not target:
-            baseline = found
+            baseline = run
     rows = rebuild_leaderboard(options.results)
     shown = {target.run_id} | ({baseline.run_id} if baseline else set())
     return {
         "status": "done",
         "model": model,
         "rows": [row for row in rows if row["run_id"] in shown],
+        "errors": bench.errors,
         "leaderboard": str(options.results / "leaderboard.csv"),
         "checkpoints": {},
+        "readers": {},
     }
 
 
@@ -158,24 +168,28 @@ def text2sql_overrides(data: str | None, rules: Sequence[str]) -> list[str]:
     return found + ([f"tasks.text2sql.rules=[{', '.join(rules)}]"] if rules else [])
 
 
-def _baseline(target: Work, options: Options) -> tuple[Run | None, list[Work]]:
+def _baseline(target: Work, options: Options, progress: Progress) -> tuple[Run | None, list[Work]]:
     """The baseline's finished run, or else the work that makes one; neither when nothing is compared."""
     compared = [task for task in target.recipe.evaluate if task in COMPARED]
     if options.baseline is None or not compared:
         return None, []
-    found = find_baseline(target, open_files(options.baseline).digest)
+    files = open_model(options.baseline, progress)
+    found = find_baseline(target, files.digest)
     if found is not None:
         return found, []
     recipe = target.recipe.model_copy(update={"evaluate": compared})
     assert isinstance(recipe, EvaluateRecipe)
-    return None, [_work(options.baseline, recipe, options)]
+    return None, [_work(files, recipe, options)]
 
 
-def _work(model: str, recipe: EvaluateRecipe, options: Options) -> Work:
-    files = open_files(model)
-    work = plan_work("evaluate", recipe, model, files, options.results)
-    work.row.update(stored_as(files), parent=options.baseline if options.baseline != model else None)
+def _work(files: ModelFiles, recipe: EvaluateRecipe, options: Options) -> Work:
+    work = plan_work("evaluate", recipe, files.name, files, options.results)
+    work.row.update(stored_as(files), parent=options.baseline if options.baseline != files.name else None)
     made = provenance(files.path)
     if made:
-        work.row.update(parent=work.row["parent"] or made.get("parent"), work_seconds=made.get("seconds"))
+        work.row.update(
+            parent=work.row["parent"] or made.get("parent"),
+            work_seconds=made.get("seconds"),
+            calibration=calibration_name(made),
+        )
     return work

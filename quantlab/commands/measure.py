@@ -6,18 +6,21 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.commands.work import Work
-from quantlab.evals import NEEDS_BASELINE, run_task
+from quantlab.errors import NotANumber
+from quantlab.evals import IN_TURN, NEEDS_BASELINE, run_task
 from quantlab.progress import Progress
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe import QuantizeRecipe, SpeedOptions
 from quantlab.results import Run, flips, verdicts
 
 if TYPE_CHECKING:
+    from quantlab.evals.speed import Contestant
     from quantlab.models.load import Subject
 
 
@@ -28,6 +31,7 @@ class Bench:
         self.device = device
         self.trust_remote_code = trust_remote_code
         self.progress = progress
+        self.errors: list[str] = []  # measurements that came out as NaN
         self._kept: tuple[tuple[str, str], Subject] | None = None
 
     def load(self, ref: str | Path, dtype: str) -> Subject:
@@ -47,6 +51,41 @@ class Bench:
         self._kept = None
         free_memory()
 
+    def take_turns(self, entries: Sequence[Entry], baseline: tuple[str, str] | None) -> None:
+        """Speed, of all models that lack it and want it in the same way: each in a process of its own, taking turns.
+
+        Args:
+            baseline: (reference, dtype) of the model that the others are set against, which takes turns too.
+        """
+        from quantlab.evals.speed import Contestant, measure
+
+        todo = [
+            e for e in entries if "speed" in e.work.recipe.evaluate and "speed" not in e.run.record["tasks"]
+        ]
+        if todo:
+            self.release()
+        wishes: list[SpeedOptions] = []
+        for entry in todo:
+            wish = _speed_options(entry)
+            wishes += [wish] if wish not in wishes else []
+        other = Contestant(baseline[0], baseline[0], baseline[1]) if baseline else None
+        for options in wishes:
+            same = [entry for entry in todo if _speed_options(entry) == options]
+            contestants = [_contestant(entry, other) for entry in same]
+            count = len({*contestants, *([other] if other else [])})
+            with self.progress.task(f"speed of {count} models"):
+                results = measure(
+                    contestants, other, options, device=self.device, trust_remote_code=self.trust_remote_code,
+                    progress=self.progress,
+                )  # fmt: skip
+            for entry, result in zip(same, results, strict=True):
+                entry.run.add(result)
+                entry.run.log("measured", task="speed", metrics=result.metrics)
+                if result.metrics["disturbed"]:
+                    self.progress.note(
+                        f"{entry.work.name}: speed disturbed, other processes took processor time"
+                    )
+
     def measure(
         self,
         work: Work,
@@ -59,10 +98,9 @@ class Bench:
         """Run the tasks that `run` does not have yet on the model as stored at `ref`, then close the run; `before_end`
         is called just before that."""
         recipe, own_baseline = work.recipe, baseline_ref is None
-        if work.is_baseline:
-            subject = self.baseline(work.model, recipe.dtype)
-        else:  # a checkpoint says itself in which type it computes
-            subject = self.load(ref, "auto" if isinstance(recipe, QuantizeRecipe) else recipe.dtype)
+        subject = (
+            self.baseline(work.model, recipe.dtype) if work.is_baseline else self.load(ref, dtype_of(work))
+        )
         run.row.update(
             params=work.row.get("params") or subject.params,
             size_bytes=subject.size_bytes,
@@ -71,19 +109,23 @@ class Bench:
         run.row["bits_per_weight"] = 8 * subject.size_bytes / run.row["params"]
         run.record["environment"] = environment()
         run.record["data"] = dict(work.data)
-        for task in sorted(recipe.evaluate, key=lambda task: task != "speed"):
-            if task in run.record["tasks"] or (task in NEEDS_BASELINE and own_baseline):
+        run.record["errors"] = {}
+        for task in recipe.evaluate:
+            done = task in run.record["tasks"] or task in IN_TURN
+            if done or (task in NEEDS_BASELINE and own_baseline):
                 continue
-            if task == "speed" and not work.is_baseline:
-                self.release()  # peak memory is the measured model's alone
             reference = (
                 self.baseline(baseline_ref, recipe.dtype) if task in NEEDS_BASELINE and baseline_ref else None
             )
             started = time.perf_counter()
-            with self.progress.task(f"{work.name}: {task}"):
-                result = run_task(
-                    task, subject, recipe.tasks.of(task), baseline=reference, progress=self.progress
-                )
+            try:
+                with self.progress.task(f"{work.name}: {task}"):
+                    result = run_task(
+                        task, subject, recipe.tasks.of(task), baseline=reference, progress=self.progress
+                    )
+            except NotANumber as error:
+                self._not_a_number(work, run, task, error)
+                continue
             run.add(result)
             seconds = round(time.perf_counter() - started, 3)
             run.log("measured", task=task, seconds=seconds, metrics=result.metrics)
@@ -94,6 +136,43 @@ class Bench:
         run.finish()
         del subject
         free_memory()
+
+    def _not_a_number(self, work: Work, run: Run, task: str, error: NotANumber) -> None:
+        """Keep the error with the run and go on with what else there is to measure."""
+        run.record["errors"][task] = str(error)
+        run.log("error", task=task, message=str(error))
+        self.errors.append(f"{work.name}: {error}")
+        self.progress.note(f"error: {work.name}: {error}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run that is open, and where its model is."""
+
+    work: Work
+    run: Run
+    ref: str | Path
+
+
+def dtype_of(work: Work) -> str:
+    """What the model of a run is loaded in: a checkpoint says itself in which type it computes."""
+    recipe = work.recipe
+    return "auto" if isinstance(recipe, QuantizeRecipe) and not work.is_baseline else recipe.dtype
+
+
+def _speed_options(entry: Entry) -> SpeedOptions:
+    options = entry.work.recipe.tasks.of("speed")
+    assert isinstance(options, SpeedOptions)
+    return options
+
+
+def _contestant(entry: Entry, baseline: Contestant | None) -> Contestant:
+    from quantlab.evals.speed import Contestant
+
+    dtype = dtype_of(entry.work)
+    if baseline is not None and (str(entry.ref), dtype) == (str(baseline.ref), baseline.dtype):
+        return baseline
+    return Contestant(str(entry.ref), entry.work.name, dtype)
 
 
 def compare(run: Run, baseline: Run) -> dict[str, Any]:

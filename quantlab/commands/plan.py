@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantlab.commands.defaults import settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
 from quantlab.commands.quantize import check_device, load_recipes
-from quantlab.models.files import ModelFiles, open_files
+from quantlab.commands.work import open_model
+from quantlab.models.files import ModelFiles
 from quantlab.quant.forecast import Forecast, Rates, together
 from quantlab.quant.pipeline import check
 from quantlab.quant.sizes import stored_float
@@ -50,7 +52,8 @@ def plan(
 ) -> dict[str, Any]:
     """Forecasts of the recipes run together; ``rates`` are measured unless given."""
     check_device(options.device)
-    files = open_files(options.model)
+    files = open_model(options.model)
+    recipes = [(name, settle(recipe, files)) for name, recipe in recipes]
     for _, recipe in recipes:
         check(recipe, options.model)
     device, free = _machine(options.device)

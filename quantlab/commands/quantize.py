@@ -9,27 +9,31 @@ of its own (the `none` recipe among those given, an earlier run, or one that is 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantlab.commands.defaults import note_texts, settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
-from quantlab.commands.measure import Bench
+from quantlab.commands.measure import Bench, Entry
 from quantlab.commands.work import (
     COMPARED,
     Work,
     find_baseline,
+    open_model,
     plan_work,
-    provenance,
     refuse_existing,
     serves_as_baseline,
     start_run,
     stored_as,
 )
-from quantlab.errors import RecipeError
+from quantlab.errors import DataError, RecipeError
 from quantlab.evals import NEEDS_BASELINE
-from quantlab.models.files import ModelFiles, open_files
+from quantlab.formats.readers import Readers, readers
+from quantlab.models.files import ModelFiles
+from quantlab.models.provenance import provenance
 from quantlab.paths import slug
 from quantlab.progress import Progress, default_progress
 from quantlab.quant.pipeline import Job, Outcome, Settings, check, quantize
@@ -79,6 +83,15 @@ def run(names: Sequence[str], options: Options, *, as_json: bool = False) -> Non
     with stdout_is_stderr():
         summary = quantize_and_measure(recipes, options, default_progress())
     show(summary, as_json=as_json)
+    fail_for(summary)
+
+
+def fail_for(summary: Mapping[str, Any]) -> None:
+    """Leave with the exit code of bad data where something could not be measured, after everything else was shown."""
+    if summary.get("errors"):
+        for message in summary["errors"]:
+            print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(DataError.exit_code)
 
 
 def show(summary: dict[str, Any], *, as_json: bool) -> None:
@@ -95,7 +108,7 @@ def show(summary: dict[str, Any], *, as_json: bool) -> None:
 
         print_table(summary["rows"])
     for name, path in summary["checkpoints"].items():
-        print(f"checkpoint of {name}: {path}")
+        print(f"checkpoint of {name}: {path} ({summary['readers'][name]})")
     if summary["leaderboard"]:
         print(f"leaderboard: {summary['leaderboard']}")
 
@@ -127,7 +140,10 @@ def quantize_and_measure(
 ) -> dict[str, Any]:
     """Everything between the command line and its last line; returns the summary."""
     check_device(options.device)
-    files = open_files(options.model)
+    files = open_model(options.model, progress)
+    if said := note_texts([recipe for _, recipe in recipes], files):
+        progress.note(said)
+    recipes = [(name, settle(recipe, files)) for name, recipe in recipes]
     for _, recipe in recipes:
         check(recipe, options.model)  # a misfit is the first thing to know, before what is in the way
     items = plan_items(recipes, options, files)
@@ -137,7 +153,7 @@ def quantize_and_measure(
     if options.dry_run:
         return {"status": "dry-run", "model": options.model, "plan": [_steps(item) for item in items]}
     _solve(items, options, progress)
-    rows, board = _measure(items, options, progress) if options.evaluate else ([], None)
+    rows, board, errors = _measure(items, options, progress) if options.evaluate else ([], None, [])
     for item in items:
         if item.out is not None:
             write_model_card(item.out, next((r for r in rows if r["run_id"] == item.work.run_id), None))
@@ -145,8 +161,10 @@ def quantize_and_measure(
         "status": "done",
         "model": options.model,
         "rows": rows,
+        "errors": errors,
         "leaderboard": str(board) if board else None,
         "checkpoints": {item.work.name: str(item.out) for item in items if item.out is not None},
+        "readers": {item.work.name: _readers(item).text for item in items if item.out is not None},
         "shared_calibration": [i.work.name for i in items if i.outcome and i.outcome.shared_calibration],
         "skipped": [i.work.name for i in items if not i.solve and not i.measure],
     }
@@ -179,7 +197,7 @@ def plan_items(
 
 
 def _item(label: str, recipe: QuantizeRecipe, options: Options, files: ModelFiles, *, alone: bool) -> Item:
-    work = plan_work(label, recipe, options.model, files, options.results)
+    work = plan_work(label, recipe, options.model, files, options.results, measured=options.evaluate)
     plain = recipe.method == "none"
     work.row["params"] = files.params if files.quantized is None else None
     if plain:
@@ -266,25 +284,36 @@ def _solve(items: Sequence[Item], options: Options, progress: Progress) -> None:
 
 def _measure(
     items: Sequence[Item], options: Options, progress: Progress
-) -> tuple[list[dict[str, Any]], Path]:
-    """Measure what is left, rebuild the leaderboard after every run; returns the rows of these runs, ranked."""
+) -> tuple[list[dict[str, Any]], Path, list[str]]:
+    """Measure what is left, rebuild the leaderboard after every run; returns the rows of these runs, ranked, and what
+    could not be measured."""
     bench = Bench(options.device, options.trust_remote_code, progress)
+    for item in items:
+        if not item.measure:
+            progress.note(f"{item.work.name}: measured already, run {item.work.run_id}")
+    todo = [(item, _open_run(item, options)) for item in items if item.measure]
+    dtype = next((entry.work.recipe.dtype for _, entry in todo), "auto")
+    bench.take_turns([entry for _, entry in todo], (options.model, dtype))
     used: set[str] = set()
+    entries = {item.work.run_id: entry for item, entry in todo}
     for item in items:
         baseline = None if item.work.is_baseline else find_baseline(item.work, item.work.files.digest)
         used |= {item.work.run_id} | ({baseline.run_id} if baseline else set())
-        if not item.measure:
-            progress.note(f"{item.work.name}: measured already, run {item.work.run_id}")
-            continue
-        existing = item.work.existing()
-        anew = existing is None or existing.done or item.solve
-        run = start_run(item.work) if existing is None or anew else existing
-        _note_outcome(run, item)
-        ref = options.model if item.out is None else item.out
-        bench.measure(item.work, run, ref, baseline, None if item.work.is_baseline else options.model)
-        rebuild_leaderboard(options.results)
+        if entry := entries.get(item.work.run_id):
+            compared = None if item.work.is_baseline else options.model
+            bench.measure(entry.work, entry.run, entry.ref, baseline, compared)
+            rebuild_leaderboard(options.results)
     rows = rebuild_leaderboard(options.results)
-    return [row for row in rows if row["run_id"] in used], options.results / "leaderboard.csv"
+    return [row for row in rows if row["run_id"] in used], options.results / "leaderboard.csv", bench.errors
+
+
+def _open_run(item: Item, options: Options) -> Entry:
+    """The run of an item that is to be measured: an interrupted one again, or a new one."""
+    existing = item.work.existing()
+    anew = existing is None or existing.done or item.solve
+    run = start_run(item.work) if existing is None or anew else existing
+    _note_outcome(run, item)
+    return Entry(item.work, run, options.model if item.out is None else item.out)
 
 
 def _note_outcome(run: Run, item: Item) -> None:
@@ -296,8 +325,22 @@ def _note_outcome(run: Run, item: Item) -> None:
     run.row["work_seconds"] = made.get("seconds")
     run.record["checkpoint"] = str(item.out)
     run.record["calibration"] = made.get("calibration")
+    run.row["calibration"] = calibration_name(made)
     run.record["shared_calibration"] = made.get("shared_calibration", False)
     run.save()
+
+
+def _readers(item: Item) -> Readers:
+    """Who reads an item's checkpoint."""
+    return readers(item.recipe.format, experts=item.work.files.has_experts)
+
+
+def calibration_name(made: Mapping[str, Any]) -> str | None:
+    """The text that a checkpoint was calibrated on, by source, size and content; None without one."""
+    found = made.get("calibration")
+    if not found:
+        return None
+    return f"{found['source']} {found['rows']}x{found['seq_len']}#{found['digest'][:8]}"
 
 
 def _steps(item: Item) -> dict[str, Any]:

@@ -7,7 +7,6 @@ digest), so the same experiment always has the same directory, and anything that
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,11 @@ from typing import Any, NoReturn
 from quantlab import __version__
 from quantlab.calibration import read_texts
 from quantlab.errors import RecipeError
-from quantlab.models.files import DTYPE_BYTES, ModelFiles
+from quantlab.models.files import DTYPE_BYTES, ModelFiles, open_files
+from quantlab.models.provenance import provenance
+from quantlab.models.refusals import refuse_unusable
 from quantlab.paths import file_digest, find_source, slug
+from quantlab.progress import Progress
 from quantlab.recipe import QuantizeRecipe, Recipe, load_recipe
 from quantlab.results import Run, read_runs
 
@@ -54,13 +56,34 @@ class Work:
         return Run.read(self.directory) if (self.directory / "run.json").exists() else None
 
 
+def open_model(ref: str | Path, progress: Progress | None = None) -> ModelFiles:
+    """The files of a model that something is to be done with, refused where nothing can be.
+
+    Raises:
+        DataError: as ``models.files.open_files`` and ``models.refusals.refuse_unusable``.
+    """
+    files = open_files(ref)
+    refuse_unusable(files)
+    if progress is not None and files.found.note:
+        progress.note(f"{files.name}: {files.found.note}")
+    return files
+
+
 def plan_work(
-    name: str, recipe: Recipe, model: str, files: ModelFiles, results: Path, decides: Sequence[str] = ()
+    name: str,
+    recipe: Recipe,
+    model: str,
+    files: ModelFiles,
+    results: Path,
+    decides: Sequence[str] = (),
+    *,
+    measured: bool = True,
 ) -> Work:
-    """Check the data of every task and name the run; `decides` are digests of what else decides the result. Imports
-    nothing heavy."""
-    check_lengths(recipe, files)
-    data = {task: digest for task in recipe.evaluate if (digest := data_digest(recipe, task))}
+    """Check the data of every task and name the run; `decides` are digests of what else decides the result, `measured`
+    says whether the tasks will run. Imports nothing heavy."""
+    check_lengths(recipe, files, measured=measured)
+    tasks = recipe.evaluate if measured else []
+    data = {task: digest for task in tasks if (digest := data_digest(recipe, task))}
     sources = [f"{task}={digest}" for task, digest in sorted(data.items())]
     if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
         sources.append("calibration=" + text_digest(recipe.calibration.source))
@@ -76,14 +99,14 @@ def plan_work(
     return Work(name, recipe, results, files, data, model, row)
 
 
-def check_lengths(recipe: Recipe, files: ModelFiles) -> None:
-    """Refuse windows longer than the model's positions, all at once and with what to set."""
-    longest = files.config.get("max_position_embeddings")
-    if not isinstance(longest, int):
+def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -> None:
+    """Refuse windows longer than the model's positions, all at once and with what to set; those of tasks only where
+    they are `measured`."""
+    longest = files.positions
+    if longest is None:
         return
-    wanted = {
-        f"tasks.{t}.seq_len": getattr(recipe.tasks, t).seq_len for t in WINDOWED if t in recipe.evaluate
-    }
+    tasks = recipe.evaluate if measured else []
+    wanted = {f"tasks.{t}.seq_len": getattr(recipe.tasks, t).seq_len for t in WINDOWED if t in tasks}
     if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
         wanted["calibration.seq_len"] = recipe.calibration.seq_len
     too_long = {key: value for key, value in wanted.items() if value > longest}
@@ -94,7 +117,7 @@ def check_lengths(recipe: Recipe, files: ModelFiles) -> None:
             hint=" ".join(f"--set {key}={longest}" for key in too_long),
         )
     speed = recipe.tasks.speed
-    if "speed" in recipe.evaluate and speed.prompt_tokens + speed.new_tokens > longest:
+    if "speed" in tasks and speed.prompt_tokens + speed.new_tokens > longest:
         raise RecipeError(
             f"{files.name} has {longest} positions, fewer than prompt_tokens + new_tokens of tasks.speed",
             hint=f"--set tasks.speed.prompt_tokens={max(1, longest - speed.new_tokens)}",
@@ -203,12 +226,3 @@ def refuse_existing(work: Work, found: Run) -> NoReturn:
         f"{work.directory}: this recipe on this model and data {state}",
         hint="--resume goes on, skipping what is done; --results writes elsewhere",
     )
-
-
-def provenance(path: Path) -> dict[str, Any]:
-    """The `quantlab.json` of a checkpoint, empty for any other model."""
-    try:
-        content = json.loads((path / "quantlab.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from quantlab.errors import DataError, MachineError
+from quantlab.models.companions import copy_companions
 from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.load import compute_bnb_in, load_subject, packed_as, pick_device
 from quantlab.quant.bnb import bnb_config
@@ -248,11 +249,12 @@ def linear_weight(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return torch.cat(columns).T.contiguous(), bias
 
 
-def save_merged(model: Any, tokenizer: Any, out: Path, dtype: str) -> None:
+def save_merged(model: Any, student: Student, out: Path, dtype: str) -> None:
     """An ordinary model directory; ``dtype`` is what the weights are stored in."""
     model.config.use_cache = True
     model.to(getattr(torch, dtype)).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    student.tokenizer.save_pretrained(out)
+    copy_companions(student.files.path, out)
 
 
 def save_adapted(student: Student, out: Path) -> None:
@@ -263,12 +265,15 @@ def save_adapted(student: Student, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     student.model.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # peft's template; ours is written in its place
-    if student.files.quantized is None:
+    files = student.files
+    if files.quantized is None:
         base = student.model.unload()
         base.config.use_cache = True
         base.save_pretrained(out)
     else:
-        for file in sorted(student.files.path.iterdir()):
-            if file.is_file() and file.name not in ("README.md", "quantlab.json"):
+        index = [files.found.index] if files.found.index else []
+        for file in (*files.found.read, *index, files.path / "config.json"):
+            if not file.name.startswith("adapter_"):
                 shutil.copyfile(file, out / file.name)
     student.tokenizer.save_pretrained(out)
+    copy_companions(files.path, out)

@@ -140,7 +140,7 @@ class _CellPlaces(Places):
 
 def _build(recipe: DistillRecipe, point: Mapping[str, Any], name: str) -> DistillRecipe:
     """The recipe with a point's values; RecipeError with a line a mistake."""
-    content = recipe.model_dump(mode="json", exclude_unset=True)
+    content = recipe.named()
     content.pop("sweep", None)
     places = _CellPlaces(name, point)
     for dotted, value in spread(point).items():

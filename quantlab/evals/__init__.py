@@ -1,7 +1,8 @@
 """What can be measured. One line a task; nothing is imported until it is asked for.
 
 Every task is `evaluate(subject, options, *, baseline, progress) -> TaskResult`, its options are the
-pydantic model of the same name in `quantlab.recipe`, and its mathematics is in plain functions beside it.
+pydantic model of the same name in `quantlab.recipe`, and its mathematics is in plain functions beside it. Tasks in
+`IN_TURN` load their models themselves, all of a run together: `measure(contestants, baseline, options, ...)`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ TASKS: dict[str, str] = {
     "perplexity": "quantlab.evals.perplexity:evaluate",
     "text2sql": "quantlab.evals.text2sql:evaluate",
     "fidelity": "quantlab.evals.fidelity:evaluate",
-    "speed": "quantlab.evals.speed:evaluate",
     "lm-eval": "quantlab.evals.harness:evaluate",  # `lm-eval:<name>`, the name travels in the options
 }
 
+IN_TURN: dict[str, str] = {"speed": "quantlab.evals.speed:measure"}
 NEEDS_BASELINE = frozenset({"fidelity"})
 
 

@@ -17,7 +17,7 @@ import torch
 
 from quantlab.errors import DataError, RecipeError
 from quantlab.evals.kv_cache import Caches, logits_of
-from quantlab.evals.windows import batch_rows, load_windows
+from quantlab.evals.windows import batch_rows, load_windows, refuse_nan
 from quantlab.models.load import Subject
 from quantlab.progress import Progress
 from quantlab.recipe import FidelityOptions
@@ -29,7 +29,7 @@ POSITIONS_AT_ONCE = 256
 def evaluate(
     subject: Subject, options: FidelityOptions, *, baseline: Subject | None = None, progress: Progress
 ) -> TaskResult:
-    """Metrics kl_mean, kl_p99, kl_max, top1_agreement, tokens."""
+    """Metrics kl_mean, kl_p99, kl_max, top1_agreement, kl_text, tokens."""
     if baseline is None:
         raise RecipeError("fidelity needs the original to compare with", hint="name it with --baseline")
     windows = load_windows(subject, options.source, options.seq_len, options.max_tokens)
@@ -46,6 +46,7 @@ def evaluate(
             agreements.append(agreement)
             advance(len(batch))
     kl, same = torch.cat(divergences), torch.cat(agreements)
+    refuse_nan("fidelity", subject, kl)
     return TaskResult(
         "fidelity",
         {
@@ -53,6 +54,7 @@ def evaluate(
             "kl_p99": percentile(kl, 0.99),
             "kl_max": float(kl.max()),
             "top1_agreement": float(same.double().mean()),
+            "kl_text": windows.name,
             "tokens": len(kl),
         },
         details={

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from quantlab.evals.kv_cache import Caches, logits_of
-from quantlab.evals.windows import PROTOCOL, batch_rows, load_windows
+from quantlab.evals.windows import PROTOCOL, batch_rows, load_windows, refuse_nan
 from quantlab.models.load import Subject
 from quantlab.progress import Progress
 from quantlab.recipe import PerplexityOptions
@@ -32,7 +32,7 @@ POSITIONS_AT_ONCE = 512  # converted to float32 at a time, where logits come in 
 def evaluate(
     subject: Subject, options: PerplexityOptions, *, baseline: Subject | None = None, progress: Progress
 ) -> TaskResult:
-    """Metrics ppl, ppl_stderr, nll, bits_per_byte, tokens, bytes, protocol."""
+    """Metrics ppl, ppl_stderr, nll, bits_per_byte, tokens, bytes, ppl_protocol, ppl_text."""
     windows = load_windows(subject, options.source, options.seq_len, options.max_tokens)
     rows = batch_rows(subject.model, options.seq_len)
     caches = Caches(subject.model, options.kv_cache)
@@ -41,6 +41,7 @@ def evaluate(
         for batch in windows.ids.split(rows):
             losses += window_nll(subject.model, batch.to(subject.device), caches).tolist()
             advance(len(batch))
+    refuse_nan("perplexity", subject, torch.tensor(losses))
     nll, error = mean_and_error(losses, options.seq_len - 1)
     ppl = math.exp(nll) if nll < 700 else math.inf
     return TaskResult(
@@ -54,7 +55,8 @@ def evaluate(
             else None,
             "tokens": windows.scored_tokens,
             "bytes": windows.scored_bytes,
-            "protocol": f"{PROTOCOL}-{options.seq_len}",
+            "ppl_protocol": f"{PROTOCOL}-{options.seq_len}",
+            "ppl_text": windows.name,
         },
         details={
             "source": options.source,

@@ -1,125 +1,206 @@
-"""Tokens a second and peak memory, after a warm-up, as medians.
+"""Tokens a second and memory, each model in a process of its own, the models taking turns.
 
-Prefill is one forward pass over a prompt of random tokens; decode is greedy, one token at a time with the
-cache, the prompt not counted. Peak memory is what the CUDA allocator held at most, or on a CPU the largest
-resident set of this process during the measurement (which includes the interpreter and whatever else it has
-loaded).
+A number that depends on what ran before it in the same process is not a number. So every model is loaded into a fresh
+process (``speed_worker``) that has seen nothing else; the processes wait while another one measures, and measure round
+after round in turn, the baseline among them: what slows the machine down for a while slows all of them, and the ratio
+to the baseline is taken round by round.
+
+A round is as many passes as fill half a second: prefill is one forward pass over a prompt of random tokens, decode is
+greedy, one token at a time with the cache, the prompt not counted. Rounds before the speed has settled are thrown away:
+kernels that compile at their first use do it there, and what the first round took longer than a settled one is reported
+with the time to load. Reported are medians over rounds, with the lowest and highest. A round during which other
+processes took more than a seventh of a processor counts as disturbed. Up to half as many rounds again take the place of
+such ones, and where undisturbed ones cannot be had the result says so.
+
+Memory is told twice: the bytes of all parameters and buffers after loading, and the most that the process held above
+what it held idle, with its libraries imported (on CUDA: what the allocator held at most).
+
+Where the models do not fit into memory together they are measured in groups, each with the baseline.
 """
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import statistics
-import sys
-import time
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from quantlab.errors import RecipeError
-from quantlab.evals.kv_cache import Caches
-from quantlab.evals.windows import context_length
-from quantlab.models.load import Subject
-from quantlab.progress import Progress
+from quantlab.evals.speed_process import SpeedProcess
+from quantlab.models.disturbance import DISTURBED
+from quantlab.models.files import open_files
+from quantlab.models.memory import available
+from quantlab.progress import Advance, Progress
 from quantlab.recipe import SpeedOptions
 from quantlab.results import TaskResult
 
+KINDS = ("prefill", "decode")
+IDLE = 900_000_000  # bytes that a process with torch, transformers and kernels holds before any weight
+ROOM = 2.2  # times its files: what a model takes while it is loaded, or unpacked
 
-def evaluate(
-    subject: Subject, options: SpeedOptions, *, baseline: Subject | None = None, progress: Progress
-) -> TaskResult:
-    """Metrics prefill_tok_s, decode_tok_s, peak_memory_bytes."""
-    longest, wanted = context_length(subject.model), options.prompt_tokens + options.new_tokens
-    if longest is not None and wanted > longest:
-        raise RecipeError(
-            f"prompt_tokens + new_tokens = {wanted}, but {subject.name} has {longest} positions",
-            hint="lower tasks.speed.prompt_tokens or tasks.speed.new_tokens",
-        )
-    vocabulary = int(subject.model.config.get_text_config().vocab_size)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (options.batch_size, options.prompt_tokens), generator=generator)
-    memory = PeakMemory(subject.device)
-    caches = Caches(subject.model, options.kv_cache)
-    prefills, decodes = [], []
-    with progress.task("speed", total=options.repeats + 1) as advance, torch.inference_mode():
-        for repeat in range(options.repeats + 1):
-            with caches.fresh() as cache:
-                prefill, decode = time_once(
-                    subject.model, prompt.to(subject.device), options.new_tokens, cache
-                )
-            if repeat > 0:  # the first is the warm-up
-                prefills.append(options.batch_size * options.prompt_tokens / prefill)
-                decodes.append(options.batch_size * options.new_tokens / decode)
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model to be measured: its directory or id, and what it is to compute in (``auto``: as stored)."""
+
+    ref: str | Path
+    label: str
+    dtype: str = "auto"
+
+
+@dataclass
+class _Rounds:
+    """What one model did: tokens a second by kind, and the processors that others took, round by round."""
+
+    contestant: Contestant
+    loaded: Mapping[str, Any]
+    speeds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    others: list[float] = field(default_factory=list)
+    ended: Mapping[str, Any] = field(default_factory=dict)
+
+
+def measure(
+    contestants: Sequence[Contestant],
+    baseline: Contestant | None,
+    options: SpeedOptions,
+    *,
+    device: str,
+    trust_remote_code: bool = False,
+    progress: Progress,
+) -> list[TaskResult]:
+    """Measure models that take turns.
+
+    Args:
+        baseline: the model whose speed the others' is divided by; it takes turns with them. None: nobody is compared.
+            One of ``contestants`` may be it.
+
+    Returns:
+        One result a contestant, in order: prefill_tok_s, decode_tok_s, prefill_ratio, decode_ratio, memory_bytes,
+        peak_memory_bytes, load_seconds, disturbed.
+
+    Raises:
+        QuantlabError: what the process says that could not load or run its model.
+    """
+    results: dict[Contestant, TaskResult] = {}
+    for group in _groups(contestants, baseline):
+        rounds = _measure_group(group, options, device, trust_remote_code, progress)
+        reference = rounds.get(baseline) if baseline is not None else None
+        for contestant, found in rounds.items():
+            results.setdefault(contestant, _result(found, reference, options, len(rounds)))
+    return [results[contestant] for contestant in contestants]
+
+
+def _groups(contestants: Sequence[Contestant], baseline: Contestant | None) -> Iterator[list[Contestant]]:
+    """Models that fit into memory together, the baseline first in each group; one at a time where none do."""
+    first = [baseline] if baseline is not None else []
+    room = available() - sum(map(_bytes, first))
+    group, taken = list(first), 0.0
+    for contestant in contestants:
+        if contestant in group:
+            continue
+        if len(group) > len(first) and taken + _bytes(contestant) > room:
+            yield group
+            group, taken = list(first), 0.0
+        group.append(contestant)
+        taken += _bytes(contestant)
+    if group:
+        yield group
+
+
+def _bytes(contestant: Contestant) -> float:
+    return IDLE + ROOM * open_files(contestant.ref).size_bytes
+
+
+def _measure_group(
+    group: Sequence[Contestant],
+    options: SpeedOptions,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[Contestant, _Rounds]:
+    total = len(group) * (2 + options.repeats)
+    with ExitStack() as stack, progress.task("models take turns", total=total) as advance:
+        processes: dict[Contestant, SpeedProcess] = {}
+        found: dict[Contestant, _Rounds] = {}
+        for contestant in group:  # libraries are imported in all processes at once, nothing of that is timed
+            process = processes[contestant] = stack.enter_context(contextlib.closing(SpeedProcess()))
+            process.send(
+                "prepare", ref=str(contestant.ref), dtype=contestant.dtype, device=device,
+                trust_remote_code=trust_remote_code, options=options.model_dump(),
+                kv_cache=options.kv_cache.model_dump() if options.kv_cache else None,
+            )  # fmt: skip
+        for process in processes.values():
+            process.receive()
             advance(1)
-    return TaskResult(
-        "speed",
-        {
-            "prefill_tok_s": statistics.median(prefills),
-            "decode_tok_s": statistics.median(decodes),
-            "peak_memory_bytes": memory.read(),
-        },
-        details={
-            "prefill_runs": prefills,
-            "decode_runs": decodes,
-            "memory": memory.what,
-            "threads": torch.get_num_threads(),
-            **options.model_dump(),
-            **caches.details(),
-        },
-    )
+        for contestant, process in processes.items():
+            found[contestant] = _Rounds(contestant, {**process.ask("load"), **process.ask("settle")})
+            advance(1)
+        _take_turns(processes, found, options.repeats, advance)
+        for contestant, process in processes.items():
+            found[contestant].ended = process.ask("end")
+    return found
 
 
-def time_once(model: Any, prompt: torch.Tensor, new_tokens: int, cache: Any = None) -> tuple[float, float]:
-    """Seconds for the prompt [batch, tokens], and for `new_tokens` steps behind it. `cache`: an empty one to use
-    instead of the model's own."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    started = _clock(prompt)
-    output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **last)
-    token = output.logits[:, -1:].argmax(dim=-1)
-    prefilled = _clock(prompt)
-    for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **last)
-        token = output.logits[:, -1:].argmax(dim=-1)
-    return prefilled - started, _clock(prompt) - prefilled
+def _take_turns(
+    processes: Mapping[Contestant, SpeedProcess],
+    found: Mapping[Contestant, _Rounds],
+    repeats: int,
+    advance: Advance,
+) -> None:
+    """Rounds in turn until ``repeats`` of them were undisturbed for everybody, at most half as many again."""
+    quiet = 0
+    for number in range(repeats + (repeats + 1) // 2):
+        disturbed = False
+        for contestant, process in processes.items():
+            answer = process.ask("round")
+            for kind in KINDS:
+                found[contestant].speeds[kind].append(float(answer[kind]))
+            found[contestant].others.append(float(answer["others"]))
+            disturbed = disturbed or answer["others"] > DISTURBED
+            if number < repeats:
+                advance(1)
+        quiet += not disturbed
+        if quiet == repeats:
+            return
 
 
-def _clock(tensor: torch.Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
+def _result(found: _Rounds, reference: _Rounds | None, options: SpeedOptions, together: int) -> TaskResult:
+    chosen, disturbed = _chosen(found, reference, options.repeats)
+    metrics: dict[str, float | int | str | None] = {}
+    details: dict[str, Any] = {}
+    for kind in KINDS:
+        speeds = [found.speeds[kind][i] for i in chosen]
+        metrics[f"{kind}_tok_s"] = statistics.median(speeds)
+        details[f"{kind}_range"] = [min(speeds), max(speeds)]
+        details[f"{kind}_rounds"] = found.speeds[kind]
+    if reference is not None:
+        for kind in KINDS:
+            ratios = [found.speeds[kind][i] / reference.speeds[kind][i] for i in chosen]
+            metrics[f"{kind}_ratio"] = statistics.median(ratios)
+            details[f"{kind}_ratio_range"] = [min(ratios), max(ratios)]
+    metrics |= {
+        "memory_bytes": int(found.loaded["memory_bytes"]),
+        "peak_memory_bytes": found.ended["peak_bytes"],
+        "load_seconds": float(found.loaded["load_seconds"]) + float(found.loaded["first_use_seconds"]),
+        "disturbed": int(disturbed),
+    }
+    details |= {
+        **{key: value for key, value in found.loaded.items() if key != "memory_bytes"},
+        "memory": found.ended["memory"],
+        "others": found.others,
+        "rounds_counted": chosen,
+        "baseline": reference.contestant.label if reference else None,
+        "models_in_turn": together,
+        **options.model_dump(),
+    }
+    return TaskResult("speed", metrics, details=details)
 
 
-class PeakMemory:
-    """Peak memory since construction where the system lets the mark be reset, else since the process began."""
-
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
-        self.what = "resident set of the process, peak since it began"
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.what = "CUDA allocator, peak"
-        else:
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # Linux: sets VmHWM back to the present size
-                self.what = "resident set of the process, peak of the measurement"
-
-    def read(self) -> int | None:
-        """Bytes; None where the system does not say."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return _peak_of_process()
-
-
-def _peak_of_process() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts bytes, Linux KiB
+def _chosen(found: _Rounds, reference: _Rounds | None, repeats: int) -> tuple[list[int], bool]:
+    """Which rounds count, and whether they were disturbed: those that were quiet for the model and its baseline, or all
+    where there are too few of them."""
+    others = [max(pair) for pair in zip(found.others, (reference or found).others, strict=True)]
+    quiet = [i for i, share in enumerate(others) if share <= DISTURBED]
+    return (quiet, False) if len(quiet) >= repeats else (list(range(len(others))), True)

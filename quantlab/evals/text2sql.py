@@ -77,7 +77,7 @@ def evaluate(
         sample.extra["new_tokens"] = generation.tokens
     return TaskResult(
         "text2sql",
-        {**summarize(samples), "data_digest": digest(items)},
+        {**summarize(samples), "ex_data": data_name(options, items), "data_digest": digest(items)},
         samples,
         {
             "max_new_tokens": options.max_new_tokens,
@@ -86,6 +86,11 @@ def evaluate(
             **caches.details(),
         },
     )
+
+
+def data_name(options: Text2SqlOptions, items: Sequence[Item]) -> str:
+    """The questions by their source and their content."""
+    return f"{options.data}#{digest(items)[:8]}"
 
 
 def setting_of(options: Text2SqlOptions) -> Setting:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quantlab.calibration import SEPARATOR, read_texts
-from quantlab.errors import DataError, RecipeError
+from quantlab.errors import DataError, NotANumber, RecipeError
 
 PROTOCOL = "gptq-windows"
 LOGITS_AT_ONCE = 2**25  # values; a batch's logits in float32 stay below 128 MiB where one window allows it
@@ -30,6 +30,11 @@ class Windows:
     source: str
     text_digest: str
     unknown_tokens: int
+
+    @property
+    def name(self) -> str:
+        """The text by its source and its content."""
+        return f"{self.source}#{self.text_digest[:8]}"
 
     @property
     def scored_tokens(self) -> int:
@@ -77,6 +82,20 @@ def make_windows(
         text_digest=hashlib.sha256(text.encode("utf-8")).hexdigest()[:16],
         unknown_tokens=int((windows == unknown).sum()) if unknown is not None else 0,
     )
+
+
+def refuse_nan(task: str, subject: Any, values: torch.Tensor) -> None:
+    """Refuse a measurement of which some values [values] are NaN.
+
+    Raises:
+        NotANumber: says how many of the values are.
+    """
+    bad = int(torch.isnan(values).sum())
+    if bad:
+        raise NotANumber(
+            f"{task} of {subject.name} is not a number: the logits are NaN in {bad} of {len(values)} places",
+            hint="its activations overflow in what it computes in; --set dtype=float32 or bfloat16 may hold them",
+        )
 
 
 def context_length(model: Any) -> int | None:

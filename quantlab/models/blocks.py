@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.errors import DataError
+from quantlab.errors import DataError, first_line
 from quantlab.models.experts import separate
-from quantlab.models.files import ModelFiles, has_experts, quantizable, refuse_unfit
+from quantlab.models.files import ModelFiles, has_experts, quantizable
 from quantlab.models.names import Names, conversions
+from quantlab.models.refusals import refuse_unfit
 from quantlab.models.tensors import read_tensor
 
 
@@ -74,8 +75,6 @@ class Opened:
             info = self.files.tensors[self.names.stored[full]]
             tensor = read_tensor(info)
             if tensor.is_floating_point():
-                if not torch.isfinite(tensor).all():
-                    raise DataError(f"{info.file}: {info.name} holds NaN or infinite values")
                 tensor = self.as_stored(full, tensor)
                 tensor = tensor if tensor.dtype == torch.float32 else tensor.to(self.dtype)
             tensor = tensor.to(self.device)
@@ -266,7 +265,7 @@ def skeleton(files: ModelFiles, dtype: torch.dtype, trust_remote_code: bool = Fa
                 hint="read that code; --trust-remote-code lets it run",
             ) from error
         raise DataError(
-            f"{files.name}: transformers has no causal language model of it: {str(error).splitlines()[0]}"
+            f"{files.name}: transformers has no causal language model of it: {first_line(error)}"
         ) from error
     return model.eval()
 

@@ -13,12 +13,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError, MachineError
+from quantlab.models.weight_files import ADAPTER_CONFIG, WeightFiles, find_weight_files, read_json
 from quantlab.paths import PACKAGE, nearest
 
 EMBEDDED = PACKAGE / "models" / "embedded"
@@ -40,26 +41,21 @@ DTYPE_BYTES = {
     "U32": 4,
     "U64": 8,
 }
-WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-# Heads of models that do not continue text from left to right, as they end the names of transformers' classes.
-NOT_CAUSAL = re.compile(
-    r"For(MaskedLM|PreTraining|\w*Classification|\w*QuestionAnswering|MultipleChoice|NextSentencePrediction)$"
-)
-ROUTERS = {
-    "gate",
-    "router",
-    "shared_expert_gate",
-}  # who decides which experts a token goes to, and how much of each
+WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # code runs only when trusted
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # keys of config.json
+# Who decides which experts a token goes to, and how much of each.
+ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is; nothing of it is loaded."""
+    """Where a tensor lies and what it is; nothing of it is loaded. ``start``: its first byte in the file."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
 
     @property
     def count(self) -> int:
@@ -72,12 +68,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checked model directory. ``name`` is how the user called it."""
+    """A checked model directory. ``name`` is how the user called it, ``found`` which of its files hold the weights."""
 
     name: str
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    found: WeightFiles = field(default_factory=lambda: WeightFiles((), None, ()))
 
     @property
     def params(self) -> int:
@@ -91,7 +88,7 @@ class ModelFiles:
 
     @property
     def weight_files(self) -> list[Path]:
-        return sorted({t.file for t in self.tensors.values()})
+        return sorted({*self.found.read, *(t.file for t in self.tensors.values())})
 
     @cached_property
     def digest(self) -> str:
@@ -107,6 +104,17 @@ class ModelFiles:
         """The checkpoint's ``quantization_config``, None for a plain model."""
         found = self.config.get("quantization_config")
         return found if isinstance(found, dict) else None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts whose files hold each expert by itself."""
+        return has_experts(name.rpartition(".")[0] for name in self.tensors)
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model was made to attend to; None where its configuration does not say."""
+        found = (self.config.get(key) for key in POSITIONS)
+        return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
     @cached_property
     def block_prefix(self) -> str:
@@ -124,9 +132,8 @@ class ModelFiles:
         weights, without those of routers, norms and embeddings.
 
         Raises:
-            DataError: the model is of a kind that cannot be quantized here (see :func:`refuse_unfit`).
+            DataError: no repeated blocks.
         """
-        refuse_unfit(self)
         prefix = self.block_prefix + "."
         found = {
             name.removesuffix(".weight"): (t.shape[0], t.shape[1])
@@ -154,27 +161,6 @@ def quantizable(name: str, routed: bool) -> bool:
     return not (routed and ROUTERS & set(parts))
 
 
-def refuse_unfit(files: ModelFiles) -> None:
-    """Refuse what configuration and headers alone show to be no causal language model of separate matrices.
-
-    Raises:
-        DataError: an encoder-decoder, a model with another head, experts that are one tensor.
-    """
-    architectures = [str(name) for name in files.config.get("architectures") or []]
-    called = ", ".join(architectures) or str(files.config.get("model_type", "a model"))
-    hint = "give a causal language model (a decoder alone, as Llama, Qwen or Gemma are)"
-    if files.config.get("is_encoder_decoder"):
-        raise DataError(f"{files.name}: {called} is an encoder with a decoder", hint=hint)
-    if architectures and all(NOT_CAUSAL.search(name) for name in architectures):
-        raise DataError(f"{files.name}: {called} is not a causal language model", hint=hint)
-    for name, tensor in files.tensors.items():
-        if len(tensor.shape) == 3 and re.search(r"expert|moe|mlp|ffn|feed_forward", name):
-            raise DataError(
-                f"{files.name}: {name} ({called}) holds all experts of a layer in one tensor",
-                hint="only models whose files hold each expert's matrices by themselves can be quantized",
-            )
-
-
 def open_files(ref: str | Path) -> ModelFiles:
     """Find a model (``embedded:<name>``, a directory, or a Hugging Face id) and check its files.
 
@@ -186,20 +172,20 @@ def open_files(ref: str | Path) -> ModelFiles:
     path = _locate(name)
     config_file = path / "config.json"
     if not config_file.is_file():
+        if (path / ADAPTER_CONFIG).is_file():
+            raise DataError(
+                f"{name} is an adapter without its base model: no config.json in {path}",
+                hint="merge it into its base first (peft: merge_and_unload), and give the merged model",
+            )
         raise DataError(
             f"{name}: no config.json in {path}", hint="give the directory of a Hugging Face model"
         )
-    config = _read_json(config_file)
-    files = _weight_files(name, path)
-    adapter = (
-        path / "adapter_model.safetensors"
-    )  # low-rank weights beside the model's own: transformers adds them
-    if adapter.is_file():
-        files.append(adapter)
+    config = read_json(config_file)
+    found = find_weight_files(name, path, config)
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
+    for file in found.read:
         tensors.update(read_header(file))
-    return ModelFiles(name, path, config, tensors)
+    return ModelFiles(name, path, config, tensors, found)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -220,7 +206,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
             if dtype in DTYPE_BYTES and stop - start != expected:
                 raise ValueError(f"{name} spans {stop - start} bytes, {dtype} {list(shape)} needs {expected}")
-            found[name] = TensorInfo(name, file, dtype, shape)
+            found[name] = TensorInfo(name, file, dtype, shape, 8 + length + start)
             end = max(end, stop)
         if 8 + length + end != size:
             raise ValueError(f"its header describes {8 + length + end} bytes, the file has {size}")
@@ -278,38 +264,3 @@ def _from_hub(name: str) -> Path:
             f"{name} is not a directory here, and the hub cannot be reached for it",
             hint="check the path, or the network; embedded:base needs neither",
         ) from error
-
-
-def _weight_files(name: str, path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise DataError(f"{index} has no weight_map")
-        files = [path / file for file in sorted(set(weight_map.values()))]
-        for file in files:
-            if file.resolve().parent != path.resolve() and not file.is_symlink():
-                raise DataError(f"{index} points outside the model's directory: {file.name}")
-            if not file.is_file():
-                raise DataError(f"{name}: shard {file.name}, named in {index.name}, is missing")
-        return files
-    single = path / "model.safetensors"
-    if single.is_file():
-        return [single]
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if pickles:
-        raise DataError(
-            f"{name} holds only pickled weights ({pickles[0]}), which can run code when opened",
-            hint="save the model with safetensors first",
-        )
-    raise DataError(f"{name}: no model.safetensors in {path}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return content

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.errors import DataError, MachineError
+from quantlab.errors import DataError, MachineError, first_line
 from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.packed_experts import separated
 from quantlab.models.precision import computed_in
+from quantlab.models.vocabulary import embedding_rows, refuse_beyond
 
 # gptqmodel sizes its pools for a server unless told; it reads this once, at import.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
@@ -52,13 +53,22 @@ def pick_device(wish: str = "auto") -> str:
 
 
 def load_tokenizer(files: ModelFiles, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer."""
+    """The model's tokenizer.
+
+    Raises:
+        DataError: it cannot be loaded, or makes tokens that the model's embedding has no row for.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(files.path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(files.path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise DataError(f"{files.name}: its tokenizer cannot be loaded: {error}") from error
+        raise DataError(f"{files.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    rows, tokens = embedding_rows(files), tokenizer.get_vocab()
+    if rows is not None and tokens:
+        token, number = max(tokens.items(), key=lambda pair: pair[1])
+        refuse_beyond(files.name, token, number, rows, sum(i >= rows for i in tokens.values()))
+    return tokenizer
 
 
 def load_subject(
@@ -81,6 +91,7 @@ def load_subject(
     files = open_files(ref)
     place = pick_device(device)
     quiet_libraries()
+    tokenizer = load_tokenizer(files, trust_remote_code)
     from transformers import AutoModelForCausalLM
 
     extra = {"quantization_config": quantization} if quantization is not None else {}
@@ -98,7 +109,7 @@ def load_subject(
     except ImportError as error:
         raise MachineError(f"{files.name} needs a library that is not here: {error}") from error
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{files.name}: transformers cannot load it: {error}") from error
+        raise DataError(f"{files.name}: transformers cannot load it: {first_line(error)}") from error
     refuse_missing(model, info.get("missing_keys", ()), files.name)
     model.eval()
     keep_bnb_storage(model)
@@ -106,7 +117,6 @@ def load_subject(
         compute_bnb_in(model, wanted)
     if hasattr(model, "ct_decompress_hook"):  # unpack now, not inside the first forward that is timed
         model.hf_quantizer.compressor.decompress_model(model)
-    tokenizer = load_tokenizer(files, trust_remote_code)
     return Subject(
         model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
     )

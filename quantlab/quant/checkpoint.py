@@ -25,15 +25,11 @@ import torch
 
 from quantlab import __version__
 from quantlab.errors import DataError, MachineError, RecipeError
-from quantlab.models.durable import replace, sync_file, sync_folder
+from quantlab.models.companions import copy_companions
+from quantlab.models.durable import replace, sync_folder
 from quantlab.models.files import TensorInfo, read_header
 from quantlab.models.tensors import DTYPES, Source, in_file, in_memory, read_tensor, write_tensors
 from quantlab.paths import atomic_write_text
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 
 class CheckpointWriter:
@@ -135,7 +131,7 @@ class CheckpointWriter:
         atomic_write_text(
             self.work / "config.json", json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
         )
-        copy_tokenizer(source, self.work)
+        copy_companions(source, self.work)
         return self.work
 
     def publish(self, record: Mapping[str, Any]) -> Path:
@@ -207,14 +203,6 @@ def tidy(out: Path) -> None:
     if out.is_dir() and not partial_path(out).exists() and state_path(out).is_dir():
         _refuse_second_writer(state_path(out))
         shutil.rmtree(state_path(out), ignore_errors=True)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer's files, and what else an ordinary user of the checkpoint needs."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-            sync_file(target / name)
 
 
 def claim(out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from quantlab.errors import DataError, MachineError, RecipeError
 from quantlab.formats.shapes import common_group_sizes, refuse, widths
 from quantlab.models.files import ModelFiles, open_files
+from quantlab.models.refusals import refuse_unfit, refuse_unusable
 from quantlab.recipe import QuantizeRecipe
 
 BITSANDBYTES = ("bnb-int8", "bnb-fp4", "bnb-nf4")
@@ -45,16 +46,20 @@ def check(recipe: QuantizeRecipe, model: str, out: Path | None = None) -> None:
 
     Raises:
         RecipeError: a layer does not fit the recipe; names the layer, its inputs and the group sizes that work.
-        DataError: the model's files are bad, or it is quantized already. MachineError: too little disk.
+        DataError: the model's files are bad, it is of a kind that cannot be used (see ``models.refusals``), or it is
+            quantized already. MachineError: too little disk.
     """
     files = open_files(model)
+    refuse_unusable(files)
     if recipe.method == "none":
         return
-    if out is not None:
-        _check_disk(recipe, out, files)
     if files.quantized is not None:
         kind = files.quantized.get("quant_method", "some method")
         raise DataError(f"{model} is already quantized ({kind})", hint="give the original model")
+    if recipe.method not in BITSANDBYTES:
+        refuse_unfit(files)
+    if out is not None:
+        _check_disk(recipe, out, files)
     if recipe.method in BITSANDBYTES:
         return
     linears = files.block_linears()

@@ -108,8 +108,9 @@ def _bitsandbytes(
     from safetensors import SafetensorError
 
     from quantlab.models.blocks import dtype_of
+    from quantlab.models.companions import copy_companions
     from quantlab.quant.bnb import quantize_bnb
-    from quantlab.quant.checkpoint import copy_tokenizer, partial_path
+    from quantlab.quant.checkpoint import partial_path
 
     started = time.perf_counter()
     work = partial_path(job.out)
@@ -132,9 +133,9 @@ def _bitsandbytes(
             ) from error
         except (OSError, SafetensorError) as error:
             raise MachineError(f"cannot write {work}: {error}", hint="is the disk full?") from error
-        copy_tokenizer(files.path, work)
+        copy_companions(files.path, work)
         seconds = time.perf_counter() - started
-        record = provenance(job, files, {}, seconds)
+        record = provenance_record(job, files, {}, seconds)
         (work / "quantlab.json").write_text(
             json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -293,7 +294,7 @@ class _Run:
         for i, (outcome, plan, proof) in enumerate(zip(outcomes, plans, proofs, strict=True)):
             if proof is not None and not proof.passed:
                 require(proof, outcome.job.name, plan.writer.fail())
-            record = provenance(outcome.job, self.files, self.calibration, outcome.seconds)
+            record = provenance_record(outcome.job, self.files, self.calibration, outcome.seconds)
             record |= {"shared_calibration": outcome.shared_calibration, "loss": outcome.loss}
             if outcome.widths:
                 record["widths"] = outcome.widths
@@ -315,8 +316,8 @@ def calibration_rows(
     from quantlab.models.load import load_tokenizer
 
     wish: Calibration = wanting[0].recipe.calibration
-    limit = files.config.get("max_position_embeddings")
-    if isinstance(limit, int) and wish.seq_len > limit:
+    limit = files.positions
+    if limit is not None and wish.seq_len > limit:
         raise RecipeError(
             f"calibration.seq_len {wish.seq_len} is longer than the {limit} positions of {files.name}",
             hint=f"--set calibration.seq_len={limit}",
@@ -391,7 +392,9 @@ def assemble(
     plan.writer.assemble(files.path, config)
 
 
-def provenance(job: Job, files: ModelFiles, calibration: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def provenance_record(
+    job: Job, files: ModelFiles, calibration: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
     """What a checkpoint was made from and how, kept in it as quantlab.json."""
     return {
         "quantlab_version": __version__,
@@ -400,5 +403,6 @@ def provenance(job: Job, files: ModelFiles, calibration: Mapping[str, Any], seco
         "parent": files.name,
         "parent_digest": files.digest,
         "calibration": dict(calibration),
+        "experts": files.has_experts,
         "seconds": round(seconds, 3),
     }

@@ -2,7 +2,8 @@
 
 What was intended is a few token rows through the model with the weights of the in-memory result, in float32 (see
 ``intended.Probe``). The fresh process loads the checkpoint with plain transformers, through whatever kernels read its
-layout, and hands its logits back; where the machine or ``--memory-limit`` has no room for that, or a library is
+layout, and hands its logits back. Experts in a layout that transformers does not read (``formats.readers``) are taken
+apart first (``models.packed_experts``). Where the machine or ``--memory-limit`` has no room for that, or a library is
 missing, it reads the files itself, one matrix at a time, which proves what was written but not the kernels. The
 record says which it was.
 
@@ -16,14 +17,11 @@ compared without their mean over the vocabulary, to which softmax is blind.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,11 @@ import torch
 from safetensors.torch import load_file
 
 from quantlab.errors import MachineError, QuantlabError
+from quantlab.formats.readers import transformers_reads
 from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.memory import available
 from quantlab.quant.intended import Expected
+from quantlab.workers import last_line, start, stopping
 
 WORKER = "quantlab.quant.proof_worker"
 IMPORTS = 2_000_000_000  # bytes that a process with transformers and its kernels holds before any weight, and to spare
@@ -57,9 +57,9 @@ LARGEST = Tolerance(0.25, 0.1)  # beyond this nothing is proven, however the mod
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of reloading one checkpoint. ``how``: ``transformers`` or ``streamed``; ``why`` it was not
-    transformers. ``top1``: share of positions whose most likely token is the intended one. ``peak_bytes``: of the
-    fresh process, above what it held before it opened the checkpoint."""
+    """What came of reloading one checkpoint. ``how``: ``transformers``, ``separated`` (experts apart) or ``streamed``;
+    ``why`` it was not transformers. ``top1``: share of positions whose most likely token is the intended one.
+    ``peak_bytes``: of the fresh process, above what it held before it opened the checkpoint."""
 
     how: str
     dtype: str
@@ -187,7 +187,7 @@ def compare(expected: torch.Tensor, got: torch.Tensor) -> tuple[float, float, fl
 
 def tolerance(how: str, expected: Expected) -> Tolerance:
     """What a checkpoint may differ by when it is loaded in this way."""
-    least = TOLERANCES[how]
+    least = TOLERANCES["streamed" if how == "streamed" else "transformers"]
     if how == "streamed":
         return least
     _, relative, _, kl = compare(expected.logits, expected.rounded)
@@ -210,11 +210,15 @@ def _compare(claim: Claim, answer: _Answer) -> Proof:
 
 
 def _how(files: ModelFiles, memory_limit: int | None) -> tuple[str, str]:
-    """Whether transformers can load the checkpoint here, and why not."""
+    """How the checkpoint is to be loaded here, and why not with plain transformers."""
     needed = transformers_bytes(files)
     room = available() - IMPORTS if memory_limit is None else memory_limit
-    if needed <= room:
+    quantized = files.quantized or {}
+    plain = transformers_reads(str(quantized.get("quant_method", "none")), experts=files.has_experts)
+    if needed <= room and plain:
         return "transformers", ""
+    if needed <= room and not plain:
+        return "separated", "plain transformers starts the experts of this layout from random numbers"
     limit = "of memory are free" if memory_limit is None else "are allowed by --memory-limit"
     return "streamed", f"transformers needs {needed / 1e9:.2f} GB, {max(room, 0) / 1e9:.2f} GB {limit}"
 
@@ -256,7 +260,7 @@ def _ask(
             "trust_remote_code": trust_remote_code,
             "threads": torch.get_num_threads(),
         }
-        with _stopping(_start(folder)) as process:
+        with Path(folder, "stderr").open("wb") as errors, stopping(start(WORKER, errors)) as process:
             try:
                 process.communicate(json.dumps(asked).encode(), timeout=limit)
             except subprocess.TimeoutExpired as error:
@@ -267,30 +271,8 @@ def _ask(
         said = Path(folder, "stderr").read_text(encoding="utf-8", errors="replace")
         answers = [_read(Path(q["answer"])) for q in questions]
         if process.returncode not in (0, -9, 137) and not all(a.how or a.error for a in answers):
-            raise QuantlabError(f"the process that reloads checkpoints failed: {_last_line(said)}")
+            raise QuantlabError(f"the process that reloads checkpoints failed: {last_line(said)}")
         return answers
-
-
-def _start(folder: str) -> subprocess.Popen[bytes]:
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    with Path(folder, "stderr").open("wb") as errors:
-        return subprocess.Popen(
-            [sys.executable, "-m", WORKER],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _stopping(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Never leave the process behind, whatever ends the wait."""
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def _read(path: Path) -> _Answer:
@@ -301,8 +283,3 @@ def _read(path: Path) -> _Answer:
     if logits.is_file():
         answer.logits = load_file(logits)["logits"]
     return answer
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"

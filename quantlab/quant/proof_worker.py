@@ -9,11 +9,9 @@ next is loaded. Dies with its parent.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -21,14 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import MachineError, QuantlabError
+from quantlab.workers import die_with_parent
 
 
 def main() -> None:
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed run leaves no process behind
-        if os.getppid() != parent:
-            return
+    die_with_parent()
     asked = json.load(sys.stdin)
     os.dup2(2, 1)  # libraries that print
     import torch
@@ -37,7 +32,7 @@ def main() -> None:
 
     torch.set_num_threads(int(asked["threads"]))
     rows = torch.tensor(asked["rows"], dtype=torch.int64)
-    _imports(any(question["how"] == "transformers" for question in asked["questions"]))
+    _imports(any(question["how"] != "streamed" for question in asked["questions"]))
     for question in asked["questions"]:
         trim()
         before, started = resident(), time.perf_counter()

@@ -27,7 +27,9 @@ DESCENDING = {
     "top1_agreement",
     "gained",
     "prefill_tok_s",
+    "prefill_ratio",
     "decode_tok_s",
+    "decode_ratio",
 }
 DESCENDING |= {"finished_at"}
 
@@ -72,6 +74,11 @@ def accuracy(row: Row) -> str:
     return f"{100 * float(row['ex']):.1f}{interval}"
 
 
+def speed(row: Row) -> str:
+    """Decoded tokens a second, with a `~` where other processes disturbed the measurement."""
+    return number(row.get("decode_tok_s"), "{:.0f}") + (" ~" if row.get("disturbed") in (1, "1") else "")
+
+
 def flipped(row: Row) -> str:
     return "" if row.get("lost") is None else f"-{row['lost']} +{row['gained']}"
 
@@ -93,9 +100,26 @@ SHOWN: Sequence[Column] = (
     ("EX % [95 %]", accuracy, True),
     ("=", lambda row: "=" if row.get("tie_group") else "", False),
     ("lost/gained", flipped, True),
-    ("tok/s", lambda row: number(row.get("decode_tok_s"), "{:.0f}"), True),
+    ("tok/s", speed, True),
+    ("× base", lambda row: number(row.get("decode_ratio"), "{:.2f}"), True),
+    (
+        "RAM MB",
+        lambda row: number(row.get("memory_bytes") and float(row["memory_bytes"]) / 1e6, "{:.1f}"),
+        True,
+    ),
     ("work s", lambda row: number(row.get("work_seconds"), "{:.1f}"), True),
 )
+
+
+def conditions(rows: Sequence[Row]) -> list[str]:
+    """What the numbers were measured on: a line for each text or set of questions, where rows have one."""
+    found = []
+    for title, columns in (("ppl", ("ppl_text", "ppl_protocol")), ("KL", ("kl_text",)), ("EX", ("ex_data",))):
+        said = {", ".join(str(row[c]) for c in columns if row.get(c)) for row in rows} - {""}
+        if said:
+            found.append(f"{title} on {' | '.join(sorted(said))}")
+    texts = {str(row["calibration"]) for row in rows if row.get("calibration")}
+    return found + ([f"calibrated on {' | '.join(sorted(texts))}"] if texts else [])
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -117,3 +141,7 @@ def print_table(rows: Sequence[Row]) -> None:
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
     if any(row.get("tie_group") for row in rows):
         print("= cannot be told from the best row by an exact paired McNemar test at 5 %")
+    for line in conditions(rows):
+        print(line)
+    if any(speed(row).endswith("~") for row in rows):
+        print("~ speed was disturbed: other processes took processor time; measure again on a quiet machine")

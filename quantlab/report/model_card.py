@@ -14,14 +14,9 @@ from typing import Any
 
 import yaml
 
+from quantlab.formats.readers import Readers, readers
 from quantlab.paths import atomic_write_text
-from quantlab.report.leaderboard import accuracy, flipped, number
-
-NEEDS = {
-    "gptq": "pip install transformers accelerate optimum gptqmodel",
-    "awq": "pip install transformers accelerate gptqmodel",
-    "bitsandbytes": "pip install transformers accelerate bitsandbytes",
-}
+from quantlab.report.leaderboard import accuracy, flipped, number, speed
 
 
 def write_model_card(checkpoint: Path, row: Mapping[str, Any] | None) -> Path | None:
@@ -62,11 +57,10 @@ def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
         )
     if row is not None:
         parts += ["## Measured", _measured(row)]
-    parts += [
-        "## Use",
-        f"```sh\n{NEEDS.get(layout, NEEDS['gptq'])}\n```",
-        "```python\n" + _snippet() + "\n```",
-    ]
+    who = readers(layout, experts=bool(made.get("experts")))
+    install = f"```sh\npip install {' '.join(who.install)}\n```"
+    parts += ["## Use", f"{who.text[0].upper()}{who.text[1:]}."]
+    parts += [install, "```python\n" + _snippet(who) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -89,19 +83,35 @@ def _measured(row: Mapping[str, Any]) -> str:
     cells = [
         ("Weight files", number(row.get("size_bytes"), "{:,.0f} bytes")),
         ("Bits a weight", number(row.get("bits_per_weight"), "{:.2f}")),
-        ("Perplexity", number(row.get("ppl"), "{:.3f}")),
+        ("Perplexity", _on(number(row.get("ppl"), "{:.3f}"), row.get("ppl_text"), row.get("ppl_protocol"))),
         ("Perplexity against the original", number(row.get("ppl_ratio"), "{:.3f} times")),
-        ("Mean KL divergence to the original, nats", number(row.get("kl_mean"), "{:.4f}")),
+        (
+            "Mean KL divergence to the original, nats",
+            _on(number(row.get("kl_mean"), "{:.4f}"), row.get("kl_text")),
+        ),
         ("Same most likely token as the original", number(row.get("top1_agreement"), "{:.3f}")),
-        ("Text2SQL execution accuracy, % [95 %]", accuracy(row)),
+        ("Text2SQL execution accuracy, % [95 %]", _on(accuracy(row), row.get("ex_data"))),
         ("Text2SQL items lost and gained against the original", flipped(row)),
+        ("Decoded tokens a second", speed(row)),
+        ("Decoding speed against the original", number(row.get("decode_ratio"), "{:.2f} times")),
+        ("Parameters and buffers in memory", number(row.get("memory_bytes"), "{:,.0f} bytes")),
     ]
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells if value)]
     lines.append(f"\nRun `{row['run_id']}`, data digest `{row.get('data_digest')}`, on {row.get('device')}.")
     return "\n".join(lines)
 
 
-def _snippet() -> str:
+def _on(value: str, *conditions: Any) -> str:
+    """A number with the text and the protocol that it was measured by."""
+    said = ", ".join(f"`{condition}`" for condition in conditions if condition)
+    return f"{value} ({said})" if value and said else value
+
+
+def _snippet(who: Readers) -> str:
+    if "transformers" not in who.right:
+        return "\n".join(
+            ["from gptqmodel import GPTQModel", "", 'model = GPTQModel.load(".")  # this directory'],
+        )
     return "\n".join(
         [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -84,7 +84,7 @@ def test_the_saved_student_is_an_ordinary_model_directory(tiny: Path, tmp_path: 
 
     student = trained(tiny, "lora")
     before = probe(settle(student))
-    save_merged(merged(student), student.tokenizer, tmp_path / "s", "float32")
+    save_merged(merged(student), student, tmp_path / "s", "float32")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "s").eval()
     assert float((probe(loaded) - before).abs().max()) < 1e-3
     assert AutoTokenizer.from_pretrained(tmp_path / "s").eos_token == "</s>"

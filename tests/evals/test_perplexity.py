@@ -37,7 +37,7 @@ def test_agrees_with_transformers_own_loss(
     assert found.metrics["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert found.metrics["ppl"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     assert found.metrics["tokens"] == len(windows) * 63
-    assert found.metrics["protocol"] == "gptq-windows-64"
+    assert found.metrics["ppl_protocol"] == "gptq-windows-64"
     if which == "baby":  # trained on such stories: far better than chance, which is 105
         assert found.metrics["ppl"] < 4
 

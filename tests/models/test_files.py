@@ -88,7 +88,7 @@ def test_missing_shard_is_named(model: Path) -> None:
 
 
 def test_index_cannot_point_outside(model: Path) -> None:
-    (model.parent / "other.safetensors").write_bytes(b"")
+    (model / "model.safetensors").rename(model.parent / "other.safetensors")
     (model / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "../other.safetensors"}})
     )

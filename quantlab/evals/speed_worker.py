@@ -1,0 +1,228 @@
+"""The process that measures one model and has never seen another: see ``speed``.
+
+    python -m quantlab.evals.speed_worker
+
+Reads one JSON object a line from stdin and answers with one line on stdout:
+
+    prepare  import what reads the model, and note the memory of an idle process
+    load     the model
+    settle   rounds until the speed no longer changes; what the first one took longer counts as first use
+    round    tokens a second of prefill and decode, and how many processors others took meanwhile
+    end      the peak of memory above the idle process
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import MachineError, QuantlabError
+from quantlab.workers import die_with_parent
+
+ROUND_SECONDS = 0.5  # at least, of each kind of work
+SETTLED = 0.05  # the two latest rounds differ by less
+WARM_UP_ROUNDS, WARM_UP_SECONDS = 8, 120.0
+# What reads a kind of checkpoint; an idle process has imported it too.
+LIBRARIES = {"bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel",
+             "compressed-tensors": "compressed_tensors"}  # fmt: skip
+
+
+def main() -> None:
+    die_with_parent()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries that print
+    bench: Bench | None = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            if asked["do"] == "prepare":
+                bench, answer = Bench(asked), {}
+            else:
+                assert bench is not None
+                answer = getattr(bench, f"do_{asked['do']}")()
+        except QuantlabError as error:
+            answer = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
+        except (
+            RuntimeError,
+            ValueError,
+            KeyError,
+            OSError,
+            IndexError,
+            TypeError,
+            NotImplementedError,
+        ) as error:
+            kind = MachineError if type(error).__name__ == "OutOfMemoryError" else QuantlabError
+            answer = {"error": kind.__name__, "message": f"{type(error).__name__}: {error}", "hint": ""}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Bench:
+    """One model and the work that is timed. ``asked``: ref, dtype, device, trust_remote_code, options, kv_cache."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        from quantlab.models.files import open_files
+
+        self.asked = asked
+        _imports((open_files(asked["ref"]).quantized or {}).get("quant_method"))
+        from quantlab.models.load import pick_device
+
+        self.device = pick_device(asked["device"])
+        self.memory = PeakMemory(self.device)
+
+    def do_load(self) -> dict[str, Any]:
+        """How long loading took, and what the model is then."""
+        import torch
+
+        from quantlab.evals.kv_cache import Caches
+        from quantlab.models.held import held_bytes
+        from quantlab.models.load import load_subject, packed_as
+        from quantlab.recipe import KvCacheOptions, SpeedOptions
+
+        asked = self.asked
+        started = time.perf_counter()
+        self.subject = load_subject(
+            asked["ref"],
+            device=self.device,
+            dtype=asked["dtype"],
+            trust_remote_code=asked["trust_remote_code"],
+        )
+        seconds = time.perf_counter() - started
+        model = self.subject.model
+        self.options = SpeedOptions.model_validate(asked["options"])
+        kv_cache = KvCacheOptions.model_validate(asked["kv_cache"]) if asked["kv_cache"] else None
+        self.caches = Caches(model, kv_cache)
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.options.batch_size, self.options.prompt_tokens)
+        self.prompt = torch.randint(vocabulary, shape, generator=generator).to(self.device)
+        gc.collect()
+        packed = {type(module).__name__ for module in model.modules() if packed_as(module)}
+        return {
+            "load_seconds": seconds,
+            "memory_bytes": held_bytes(model),
+            "kernel": ", ".join(sorted(packed)) or "torch",
+            "computes_in": str(model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            **self.caches.details(),
+        }
+
+    def do_settle(self) -> dict[str, Any]:
+        """Rounds until two in a row are equally fast."""
+        started = time.perf_counter()
+        speeds: list[float] = []
+        first = 0.0
+        while len(speeds) < WARM_UP_ROUNDS and time.perf_counter() - started < WARM_UP_SECONDS:
+            before = time.perf_counter()
+            passes, prefill, decode = self._passes(0.0 if not speeds else ROUND_SECONDS)
+            took = time.perf_counter() - before
+            speeds.append((prefill + decode) / passes)
+            first = first or took
+            if len(speeds) > 2 and abs(speeds[-1] / speeds[-2] - 1) < SETTLED:
+                break
+        return {"first_use_seconds": max(0.0, first - speeds[-1]), "warm_up_rounds": len(speeds)}
+
+    def do_round(self) -> dict[str, Any]:
+        from quantlab.models.disturbance import mark, others_since
+
+        before = mark()
+        passes, prefill, decode = self._passes(ROUND_SECONDS)
+        rows = passes * self.options.batch_size
+        return {
+            "prefill": rows * self.options.prompt_tokens / prefill,
+            "decode": rows * self.options.new_tokens / decode,
+            "others": others_since(before),
+        }
+
+    def do_end(self) -> dict[str, Any]:
+        return {"peak_bytes": self.memory.above_idle(), "memory": self.memory.what}
+
+    def _passes(self, seconds: float) -> tuple[int, float, float]:
+        """Passes until ``seconds`` of prefill and as many of decode are full, at least one; their number and times."""
+        import torch
+
+        passes, prefill, decode = 0, 0.0, 0.0
+        with torch.inference_mode():
+            while not passes or decode < seconds:
+                with self.caches.fresh() as cache:
+                    times = time_once(self.subject.model, self.prompt, self.options.new_tokens, cache)
+                passes, prefill, decode = passes + 1, prefill + times[0], decode + times[1]
+        return passes, prefill, decode
+
+
+def time_once(model: Any, prompt: Any, new_tokens: int, cache: Any = None) -> tuple[float, float]:
+    """Seconds for the prompt, token ids [batch, tokens], and for ``new_tokens`` steps behind it. ``cache``: an empty
+    one to use instead of the model's own."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    started = _clock(prompt)
+    output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **last)
+    token = output.logits[:, -1:].argmax(dim=-1)
+    prefilled = _clock(prompt)
+    for _ in range(new_tokens):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **last)
+        token = output.logits[:, -1:].argmax(dim=-1)
+    return prefilled - started, _clock(prompt) - prefilled
+
+
+def _clock(tensor: Any) -> float:
+    if tensor.is_cuda:
+        import torch
+
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+class PeakMemory:
+    """The most memory held since construction, above what was held then."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        from quantlab.models.memory import resident, trim
+
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.what = "CUDA allocator, peak"
+            return
+        gc.collect()
+        trim()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: sets VmHWM back to the present size
+        self.idle = resident()
+        self.what = "resident set of a process of its own, peak above idle"
+
+    def above_idle(self) -> int | None:
+        """Bytes; None where the system does not say."""
+        from quantlab.models.memory import peak_resident
+
+        if self.device.type == "cuda":
+            import torch
+
+            return int(torch.cuda.max_memory_allocated(self.device))
+        peak = peak_resident()
+        return max(0, peak - self.idle) if peak else None
+
+
+def _imports(kind: str | None) -> None:
+    """What an idle process has too, so that it does not count as the model's memory or loading time."""
+    import importlib
+
+    from quantlab.models.load import quiet_libraries
+
+    quiet_libraries()
+    importlib.import_module("transformers.modeling_utils")
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    if kind in LIBRARIES:
+        with suppress(ImportError):  # loading says what is missing
+            importlib.import_module(LIBRARIES[kind])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What a model must be before anything is done with it, told from configuration, headers and one reading of its weights
+(no torch).
+
+Every verb asks :func:`refuse_unusable` before heavy work, so that a model is refused at once, in one line, and in the
+same words by every method; quantizing also asks :func:`refuse_unfit`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from quantlab.errors import DataError
+from quantlab.models.files import ModelFiles
+from quantlab.models.finite import refuse_nonfinite
+from quantlab.models.vocabulary import refuse_foreign_tokens
+
+# Heads of models that do not continue text from left to right, as they end the names of transformers' classes.
+NOT_CAUSAL = re.compile(
+    r"For(MaskedLM|PreTraining|\w*Classification|\w*QuestionAnswering|MultipleChoice|NextSentencePrediction)$"
+)
+# How a wrapper around a language model shows: a configuration for each part, or the class of the whole.
+PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "vision_config", "audio_config",
+         "speech_config", "video_config", "visual", "vision_tower", "mm_vision_tower")  # fmt: skip
+WRAPPER = re.compile(r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|VisionText2Text)$")
+CAUSAL_HINT = "give a causal language model (a decoder alone, as Llama, Qwen or Gemma are)"
+
+
+def refuse_unusable(files: ModelFiles) -> None:
+    """Refuse what no verb can work with.
+
+    Raises:
+        DataError: no causal language model of text alone, tokens that the embedding has no row for, weights that hold
+            NaN or infinite values.
+    """
+    refuse_other_kinds(files)
+    refuse_foreign_tokens(files)
+    refuse_nonfinite(files)
+
+
+def refuse_other_kinds(files: ModelFiles) -> None:
+    """Refuse what configuration alone shows to be no causal language model of text.
+
+    Raises:
+        DataError: an encoder-decoder, a model with another head, a language model inside a multimodal one.
+    """
+    architectures = _architectures(files.config)
+    called = _called(files)
+    if files.config.get("is_encoder_decoder"):
+        raise DataError(f"{files.name}: {called} is an encoder with a decoder", hint=CAUSAL_HINT)
+    if architectures and all(NOT_CAUSAL.search(name) for name in architectures):
+        raise DataError(f"{files.name}: {called} is not a causal language model", hint=CAUSAL_HINT)
+    wrapped = next((part for part in PARTS if files.config.get(part)), None)
+    if wrapped or (architectures and all(WRAPPER.search(name) for name in architectures)):
+        shown = f" ({wrapped} in config.json)" if wrapped else ""
+        raise DataError(
+            f"{files.name}: {called} is a multimodal wrapper around a language model{shown}; these are not supported",
+            hint="give the language model alone, saved as a causal language model of its own",
+        )
+
+
+def refuse_unfit(files: ModelFiles) -> None:
+    """Refuse what cannot be quantized block by block.
+
+    Raises:
+        DataError: as :func:`refuse_other_kinds`, and experts that are one tensor.
+    """
+    refuse_other_kinds(files)
+    for name, tensor in files.tensors.items():
+        if len(tensor.shape) == 3 and re.search(r"expert|moe|mlp|ffn|feed_forward", name):
+            raise DataError(
+                f"{files.name}: {name} ({_called(files)}) holds all experts of a layer in one tensor",
+                hint="only models whose files hold each expert's matrices by themselves can be quantized",
+            )
+
+
+def _architectures(config: Any) -> list[str]:
+    named = config.get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []
+
+
+def _called(files: ModelFiles) -> str:
+    return ", ".join(_architectures(files.config)) or str(files.config.get("model_type", "a model"))
