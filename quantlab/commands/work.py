@@ -7,7 +7,6 @@ digest), so the same experiment always has the same directory, and anything that
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +15,12 @@ from typing import Any, NoReturn
 
 from quantlab import __version__
 from quantlab.calibration import read_texts
-from quantlab.errors import RecipeError
+from quantlab.errors import DataError, RecipeError
 from quantlab.models.files import DTYPE_BYTES, ModelFiles
 from quantlab.paths import file_digest, find_source, slug
 from quantlab.recipe import QuantizeRecipe, Recipe, load_recipe
 from quantlab.results import Run, read_runs
+from quantlab.textfile import read_json
 
 WINDOWED = ("perplexity", "fidelity")  # tasks on windows of a text
 COMPARED = ("perplexity", "text2sql")  # tasks whose numbers are set against the baseline's
@@ -208,7 +208,7 @@ def refuse_existing(work: Work, found: Run) -> NoReturn:
 def provenance(path: Path) -> dict[str, Any]:
     """The `quantlab.json` of a checkpoint, empty for any other model."""
     try:
-        content = json.loads((path / "quantlab.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path / "quantlab.json")
+    except DataError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -6,7 +6,6 @@ is one), and how to load it with transformers alone.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any
 
 import yaml
 
+from quantlab.errors import DataError
 from quantlab.paths import atomic_write_text
 from quantlab.report.leaderboard import accuracy, flipped, number
+from quantlab.textfile import read_json
 
 NEEDS = {
     "gptq": "pip install transformers accelerate optimum gptqmodel",
@@ -27,8 +28,8 @@ NEEDS = {
 def write_model_card(checkpoint: Path, row: Mapping[str, Any] | None) -> Path | None:
     """Write `checkpoint/README.md` from its quantlab.json and the run's row; nothing without a quantlab.json."""
     try:
-        made = json.loads((checkpoint / "quantlab.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        made = read_json(checkpoint / "quantlab.json")
+    except DataError:
         return None
     path = checkpoint / "README.md"
     if row is None and path.exists():

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from quantlab.errors import DataError, MachineError
 from quantlab.paths import DATA, find_source, nearest
 from quantlab.sql import adapters
+from quantlab.textfile import json_lines
 
 _REQUIRED = ("db_id", "question", "answer")
 _KNOWN = frozenset({*_REQUIRED, "id", "context", "database", "alternatives", "dialect"})
@@ -75,7 +76,8 @@ def load_items(source: str, limit: int | None = None, bad: list[BadRow] | None =
         rows, name, folder = hub_rows(source), source, None
     else:
         path = find_source(_bundled_name(source))
-        rows, name, folder = _file_rows(path), str(path), path.parent
+        rows = [(f"{path}:{number}", row) for number, row in json_lines(path)]
+        name, folder = str(path), path.parent
     return _collect(rows, lambda where, row: parse_row(row, where, folder), name, limit, bad)
 
 
@@ -210,20 +212,6 @@ def _database_digest(path: Path | None) -> str:
         return ""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _file_rows(path: Path) -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    rows.append((f"{path}:{number}", json.loads(line)))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON: {error.msg}") from error
-    except (OSError, ValueError, RecursionError) as error:  # no text, or a number of a thousand digits
-        raise DataError(f"cannot read {path}: {error}") from error
-    return rows
 
 
 def hub_rows(source: str) -> list[tuple[str, Any]]:

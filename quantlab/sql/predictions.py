@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError
-from quantlab.results import read_jsonl
 from quantlab.sql.dataset import Item
+from quantlab.textfile import json_objects
 
 FIELDS = ("prediction", "output", "sql")
 ANSWERS: Mapping[Any, bool] = {"yes": True, "no": False, True: True, False: False}
@@ -51,7 +51,7 @@ def read_judge(path: Path, items: Sequence[Item]) -> dict[str, tuple[bool, str]]
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise DataError(f"no such file: {path}", hint="JSON lines, one object for each question")
-    rows = list(enumerate(read_jsonl(path), start=1))
+    rows = json_objects(path)
     if not rows:
         raise DataError(f"{path}: no lines")
     return rows
