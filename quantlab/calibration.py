@@ -7,7 +7,6 @@ tokens are drawn at random. The digest names exactly these tokens.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import DataError
 from quantlab.paths import find_source
+from quantlab.textfile import json_lines, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +32,7 @@ def read_texts(source: str) -> list[str]:
     if source.startswith("hf:"):
         return _from_hub(source)
     path = find_source(source)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    texts = _jsonl(path, content) if path.suffix == ".jsonl" else [content]
+    texts = _jsonl(path) if path.suffix == ".jsonl" else [read_text(path)]
     texts = [t for t in texts if t.strip()]
     if not texts:
         raise DataError(
@@ -71,15 +67,9 @@ def digest(rows: torch.Tensor) -> str:
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
 
 
-def _jsonl(path: Path, content: str) -> list[str]:
+def _jsonl(path: Path) -> list[str]:
     texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+    for number, row in json_lines(path, "{name}, line {number}"):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise DataError(f'{path}, line {number}: expected an object with a "text" string')
         texts.append(row["text"])

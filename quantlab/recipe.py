@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from quantlab.errors import RecipeError
+from quantlab.errors import DataError, RecipeError
 from quantlab.paths import bundled, nearest
 from quantlab.recipe_distill import DistillRecipe
 from quantlab.recipe_parts import (
@@ -34,6 +34,7 @@ from quantlab.recipe_parts import (
     TaskOptions,
     Text2SqlOptions,
 )
+from quantlab.textfile import read_text
 
 if TYPE_CHECKING:
     from quantlab.recipe_yaml import Places
@@ -240,9 +241,9 @@ KINDS: dict[str, type[BaseRecipe]] = {
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override (`a.b=value`, the value read as YAML) and validate; RecipeError names the line and the key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read recipe {path}: {error}") from error
+        text = read_text(Path(path), "recipe ")
+    except DataError as error:
+        raise RecipeError(str(error), hint=error.hint) from error
     return parse_recipe(text, str(path), overrides)
 
 

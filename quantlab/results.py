@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from quantlab.errors import DataError
 from quantlab.paths import atomic_write_text, atomic_writer
+from quantlab.textfile import json_objects, read_json
 
 COLUMNS = (
     "run_id", "finished_at", "model", "parent", "stage", "method", "bits", "group_size", "format", "params",
@@ -85,22 +86,7 @@ def write_jsonl(path: Path, rows: Iterable[Sample | Mapping[str, Any]]) -> int:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file; DataError names the file and the line that is not a JSON object."""
-    rows: list[dict[str, Any]] = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
-    return rows
+    return [row for _, row in json_objects(path)]
 
 
 def now() -> str:
@@ -125,10 +111,7 @@ class Run:
     @classmethod
     def read(cls, directory: Path) -> Run:
         path = directory / "run.json"
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
+        record = read_json(path)
         if not isinstance(record, dict) or not isinstance(record.get("row"), dict):
             raise DataError(f"{path}: not a run record")
         return cls(directory, record)

@@ -23,10 +23,13 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("formats", "sql", "models"),
     ("calibration", "data"),
     ("recipe", "results"),
-    ("paths", "progress", "workers"),
+    ("paths", "progress", "textfile", "workers"),
     ("errors",),
 )
-SAME = dict.fromkeys(("recipe_yaml", "recipe_parts", "recipe_distill"), "recipe")  # one piece in files
+SAME = {  # one piece in files
+    **dict.fromkeys(("recipe_yaml", "recipe_parts", "recipe_distill"), "recipe"),
+    "text_encodings": "textfile",
+}
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 
 

@@ -58,7 +58,7 @@ def run(predictions: Path, options: Options, *, as_json: bool = False) -> None:
 def score(predictions: Path, options: Options, progress: Progress) -> dict[str, Any]:
     """Everything between the command line and its last line; returns the summary."""
     from quantlab.evals import text2sql
-    from quantlab.sql.dataset import digest, load_items
+    from quantlab.sql.dataset import digest, id_notes, load_items
     from quantlab.sql.predictions import read_judge, read_predictions
 
     recipe = _recipe(options)
@@ -92,6 +92,8 @@ def score(predictions: Path, options: Options, progress: Progress) -> dict[str, 
             items, outputs, progress=progress, setting=text2sql.setting_of(task), rules=task.rules
         )
         details = text2sql.details(task, samples)
+        notes = id_notes(items, task.data)
+        details |= {"notes": notes} if notes else {}
         if judged:
             details["judge"] = _agreement(samples, judged)
         metrics = {**text2sql.summarize(samples), "data_digest": data}
@@ -168,6 +170,7 @@ def report(summary: dict[str, Any]) -> str:
         lines.append(
             f"{metrics['no_evidence']} not scored: their gold gives no evidence (it fails, or returns nothing)"
         )
+    lines += details.get("notes") or []
     lines.append(f"rules: {details['rules']}")
     lines.append(f"the clock of every query stands at {details['clock']}")
     witness = details.get("witness")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantlab.commands.guard import print_json
 from quantlab.recipe import bundled_recipes, json_schema
+from quantlab.textfile import read_text
 
 
 def run(*, schema: bool, as_json: bool) -> None:
@@ -28,7 +29,7 @@ def run(*, schema: bool, as_json: bool) -> None:
 def about(path: Path) -> str:
     """The first comment line after the command line at the head of a recipe."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).split("\n"):
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# ").strip())

@@ -20,6 +20,7 @@ import yaml
 
 from quantlab.data.schema import ROLES, Column, Domain, Table
 from quantlab.errors import DataError
+from quantlab.textfile import read_text
 
 PATTERNS = ("phone", "email", "address", "code")
 _TYPE = re.compile(r"INTEGER|BIGINT|REAL|TEXT|DATE|BOOLEAN|(?:VAR)?CHAR\(\d+\)|DECIMAL\(\d+,\d+\)")
@@ -88,10 +89,8 @@ _SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def read_domain(path: Path) -> Domain:
     """The domain described by a YAML file; DataError says what is wrong and where."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise DataError(f"{path.name} is not valid YAML: {error}") from error
     return parse_domain(data, path.name)
 

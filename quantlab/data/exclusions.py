@@ -8,7 +8,6 @@ through, compared after taking away case, spacing and punctuation.
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.paths import DATA
+from quantlab.textfile import json_objects
 
 SHARE = 10  # one in so many is set aside
 _NOISE = re.compile(r"[\s.,?!~\"'`:;()]+")
@@ -66,8 +66,8 @@ class Exclusions:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+    """The rows of a JSON lines file. DataError names the file and the line that is not a JSON object."""
+    return [row for _, row in json_objects(path)]
 
 
 @cache

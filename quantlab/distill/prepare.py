@@ -22,7 +22,7 @@ from quantlab.progress import Progress
 from quantlab.recipe import DistillRecipe
 from quantlab.recipe_distill import Judge, Teacher
 from quantlab.results import read_jsonl, write_jsonl
-from quantlab.sql.dataset import BadRow, Item, digest, load_items, parse_row
+from quantlab.sql.dataset import BadRow, Item, digest, id_notes, load_items, parse_row
 from quantlab.teacher.client import Gathered, gather
 from quantlab.teacher.estimate import Counter, Estimate, estimate
 from quantlab.teacher.filters import Rejected, clean, summary_table, write_rejected
@@ -124,6 +124,8 @@ def prepare(
     Raises:
         Stopped: a budget ended it. DataError: the source is bad, or nothing is left after cleaning.
     """
+    for note in id_notes(source.items, recipe.data.source):
+        progress.note(note)
     place = folder / prepared_digest(recipe, source)
     if not (place / "cleaning.json").is_file():
         _prepare(recipe, source, ledger, place, progress)

@@ -26,7 +26,7 @@ from quantlab.evals.statistics import wilson
 from quantlab.progress import Progress
 from quantlab.recipe import Text2SqlOptions
 from quantlab.results import VERDICTS, Sample, TaskResult
-from quantlab.sql.dataset import Item, digest, load_items
+from quantlab.sql.dataset import Item, digest, id_notes, load_items
 from quantlab.sql.execution import Verdict
 from quantlab.sql.extract import extract, rest_is_nothing
 from quantlab.sql.grounds import Setting, find_ground, judge_on
@@ -46,6 +46,9 @@ def evaluate(
 ) -> TaskResult:
     """Generate and score. Metrics of `summarize`, one sample an item."""
     items = load_items(options.data, options.limit)
+    notes = id_notes(items, options.data)
+    for note in notes:
+        progress.note(note)
     prompts = make_prompts(subject, items, options)
     from quantlab.evals.generation import generate
     from quantlab.evals.kv_cache import Caches
@@ -83,6 +86,7 @@ def evaluate(
             "max_new_tokens": options.max_new_tokens,
             "stop": options.stop,
             **details(options, samples),
+            **({"notes": notes} if notes else {}),
             **caches.details(),
         },
     )

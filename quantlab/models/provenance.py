@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from quantlab.errors import DataError
 from quantlab.models.files import ModelFiles
+from quantlab.textfile import read_json
 
 LONGEST_CHAIN = 8
 
@@ -14,8 +15,8 @@ LONGEST_CHAIN = 8
 def provenance(path: Path) -> dict[str, Any]:
     """The ``quantlab.json`` of a checkpoint, empty for any other model."""
     try:
-        content = json.loads((path / "quantlab.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path / "quantlab.json")
+    except DataError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -6,7 +6,6 @@ is one), and how to load it with transformers alone.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +14,15 @@ from typing import Any
 import yaml
 
 from quantlab.formats.readers import Readers, readers
+from quantlab.models.provenance import provenance
 from quantlab.paths import atomic_write_text
 from quantlab.report.leaderboard import accuracy, flipped, number, speed
 
 
 def write_model_card(checkpoint: Path, row: Mapping[str, Any] | None) -> Path | None:
     """Write `checkpoint/README.md` from its quantlab.json and the run's row; nothing without a quantlab.json."""
-    try:
-        made = json.loads((checkpoint / "quantlab.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    made = provenance(checkpoint)
+    if not made:
         return None
     path = checkpoint / "README.md"
     if row is None and path.exists():

@@ -5,7 +5,6 @@ Says what it was trained from, on which rows, by which recipe, what it scored ag
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from quantlab.models.provenance import provenance
 from quantlab.paths import atomic_write_text
 from quantlab.report.leaderboard import accuracy, flipped, number
 
@@ -39,7 +39,7 @@ def write_student_card(
     checkpoint: Path, row: Mapping[str, Any], before_after: Mapping[str, Any] | None
 ) -> Path:
     """Write `checkpoint/README.md` from its quantlab.json, the run's row and the comparison with the base."""
-    made = json.loads((checkpoint / "quantlab.json").read_text(encoding="utf-8"))
+    made = provenance(checkpoint)
     path = checkpoint / "README.md"
     atomic_write_text(path, student_card(made, row, before_after))
     return path

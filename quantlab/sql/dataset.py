@@ -3,6 +3,7 @@
 The columns are those of the book's `shangrilar/ko_text2sql`. `database` names a SQLite file (relative to
 the JSONL file) that gold and prediction run on, `alternatives` are other accepted queries, `dialect` is what
 the golds are written in (sqlite, mysql, postgres, …; unknown when left out), `id` defaults to the row's number.
+Of several rows with one id the first keeps it, the next are called `<id>#2`, `<id>#3`; `id_notes` says so.
 The bundled training rows leave `context` out; it is filled from their domain's DDL.
 
 Sources: `ko_text2sql:test|dev|train` (bundled), a path or bundled name as in `quantlab.paths.find_source`,
@@ -15,14 +16,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from quantlab.errors import DataError, MachineError
 from quantlab.paths import DATA, find_source, nearest
 from quantlab.sql import adapters
+from quantlab.textfile import json_lines
 
 _REQUIRED = ("db_id", "question", "answer")
 _KNOWN = frozenset({*_REQUIRED, "id", "context", "database", "alternatives", "dialect"})
@@ -44,6 +47,7 @@ class Item:
     alternatives: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     dialect: str = ""  # of the golds, "" when unknown
+    shared_id: str = ""  # the id that the data give to this row and to others, "" where it is the row's alone
 
     @property
     def golds(self) -> tuple[str, ...]:
@@ -70,28 +74,37 @@ def load_items(source: str, limit: int | None = None, bad: list[BadRow] | None =
         with Schemas() as schemas:
             found = adapters.load(benchmark, rest, schemas)
             raw = [(row.where, row) for row in found.rows]
-            return _collect(raw, lambda where, row: found.read(row), found.name, limit, bad)
+            names = [found.id_of(row) for row in found.rows]
+            return _collect(raw, names, lambda where, row: found.read(row), found.name, limit, bad)
     if source.startswith("hf:"):
         rows, name, folder = hub_rows(source), source, None
     else:
         path = find_source(_bundled_name(source))
-        rows, name, folder = _file_rows(path), str(path), path.parent
-    return _collect(rows, lambda where, row: parse_row(row, where, folder), name, limit, bad)
+        rows = [(f"{path}:{number}", row) for number, row in json_lines(path)]
+        name, folder = str(path), path.parent
+    names = [_id_of(row, where) for where, row in rows]
+    return _collect(rows, names, lambda where, row: parse_row(row, where, folder), name, limit, bad)
 
 
 def _collect(
     rows: list[tuple[str, Raw]],
+    names: list[str],
     read: Callable[[str, Raw], Item],
     name: str,
     limit: int | None,
     bad: list[BadRow] | None,
 ) -> list[Item]:
+    """The items of `rows`, whose ids are `names`; these are made distinct before the limit, which changes none."""
+    chosen: Sequence[int] = range(len(rows))
     if limit is not None and limit < len(rows):
-        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+        chosen = [i * len(rows) // limit for i in range(limit)]
+    distinct, times = distinct_ids(names), Counter(names)
     items = []
-    for where, row in rows:
+    for number in chosen:
+        where, row = rows[number]
         try:
-            items.append(read(where, row))
+            shared = names[number] if times[names[number]] > 1 else ""
+            items.append(replace(read(where, row), id=distinct[number], shared_id=shared))
         except DataError as error:
             if bad is None:
                 raise
@@ -100,8 +113,34 @@ def _collect(
         raise DataError(
             f"{name}: no rows", hint=f"{len(bad)} rows cannot be read; {bad[0].reason}" if bad else ""
         )
-    _check_ids(items, name)
     return items
+
+
+def distinct_ids(names: Sequence[str]) -> list[str]:
+    """The ids of rows, each once: the n-th row called `x` is `x#n` from the second on, with more of the signs where
+    some row is called that already. They depend on all the names and their order, and on nothing else."""
+    taken, seen = set(names), Counter[str]()
+    found = []
+    for name in names:
+        seen[name] += 1
+        new, sign = name, "#"
+        while seen[name] > 1 and new in taken:
+            new, sign = f"{name}{sign}{seen[name]}", sign + "#"
+        taken.add(new)
+        found.append(new)
+    return found
+
+
+def id_notes(items: Sequence[Item], name: str) -> list[str]:
+    """A sentence for people where rows of the data `name` share an id, else nothing."""
+    later = [item for item in items if item.shared_id not in ("", item.id)]
+    if not later:
+        return []
+    shared = list(dict.fromkeys(item.shared_id for item in later))
+    return [
+        f"{name} gives {len(shared)} {'id' if len(shared) == 1 else 'ids'} ({_some(shared)}) to several rows: "
+        f"the later ones are called {_some([item.id for item in later])}"
+    ]
 
 
 def digest(items: Iterable[Item]) -> str:
@@ -135,7 +174,7 @@ def parse_row(row: Any, where: str, folder: Path | None = None) -> Item:
     if not isinstance(dialect, str):
         raise DataError(f"{where}: 'dialect' must be a name such as sqlite, mysql or postgres")
     return Item(
-        id=str(row["id"] if row.get("id") is not None else where.rpartition(":")[2]),
+        id=_id_of(row, where),
         db_id=str(row["db_id"]),
         context=_context(row, where),
         question=row["question"],
@@ -145,6 +184,12 @@ def parse_row(row: Any, where: str, folder: Path | None = None) -> Item:
         extra={key: value for key, value in row.items() if key not in _KNOWN},
         dialect=_ALIASES.get(dialect.strip().lower(), dialect.strip().lower()),
     )
+
+
+def _id_of(row: Any, where: str) -> str:
+    """A row's id: the one it has, else the number it stands at."""
+    named = row.get("id") if isinstance(row, Mapping) else None
+    return str(named) if named is not None else where.rpartition(":")[2]
 
 
 def _benchmark(source: str) -> tuple[str, str]:
@@ -212,20 +257,6 @@ def _database_digest(path: Path | None) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _file_rows(path: Path) -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    rows.append((f"{path}:{number}", json.loads(line)))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON: {error.msg}") from error
-    except (OSError, ValueError, RecursionError) as error:  # no text, or a number of a thousand digits
-        raise DataError(f"cannot read {path}: {error}") from error
-    return rows
-
-
 def hub_rows(source: str) -> list[tuple[str, Any]]:
     """Rows of a Hugging Face dataset, from the hub or its local cache."""
     try:
@@ -251,9 +282,5 @@ def parse_hub(source: str) -> tuple[str, str | None, str]:
     return "/".join(parts[:2]), (parts[2] if len(parts) == 3 else None), split or "train"
 
 
-def _check_ids(items: Sequence[Item], name: str) -> None:
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise DataError(f"{name}: two rows have the id {item.id!r}")
-        seen.add(item.id)
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -2,18 +2,20 @@
 
 A prediction is `{"id": …, "prediction": …}`; `output` or `sql` may stand for `prediction`, so the samples of a run can
 be scored again. Without ids the lines are taken in the order of the data, one each. A verdict is `{"id": …, "answer":
-"yes" | "no"}` (or true and false), with `why` if the judge said it. Every complaint names the file and the line.
+"yes" | "no"}` (or true and false), with `why` if the judge said it. Where several rows of the data share an id, the
+lines that have it belong to them in their order, one each. Every complaint names the file and the line.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError
-from quantlab.results import read_jsonl
 from quantlab.sql.dataset import Item
+from quantlab.textfile import json_objects
 
 FIELDS = ("prediction", "output", "sql")
 ANSWERS: Mapping[Any, bool] = {"yes": True, "no": False, True: True, False: False}
@@ -51,7 +53,7 @@ def read_judge(path: Path, items: Sequence[Item]) -> dict[str, tuple[bool, str]]
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise DataError(f"no such file: {path}", hint="JSON lines, one object for each question")
-    rows = list(enumerate(read_jsonl(path), start=1))
+    rows = json_objects(path)
     if not rows:
         raise DataError(f"{path}: no lines")
     return rows
@@ -60,20 +62,44 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def _by_id(
     path: Path, rows: Sequence[tuple[int, dict[str, Any]]], values: Sequence[Any], items: Sequence[Item]
 ) -> dict[str, Any]:
-    known = {item.id for item in items}
-    found: dict[str, Any] = {}
+    """Item id → its value."""
+    owners = _owners(items, {str(row.get("id")) for _, row in rows})
+    lines: dict[str, list[tuple[int, Any]]] = defaultdict(list)
     for (number, row), value in zip(rows, values, strict=True):
         if row.get("id") is None:
             raise DataError(f"{path}:{number}: no 'id', which other lines have")
         name = str(row["id"])
-        if name not in known:
+        if name not in owners:
             raise DataError(
-                f"{path}:{number}: the data have no question {name!r}", hint=f"it has {_some(list(known))}"
+                f"{path}:{number}: the data have no question {name!r}", hint=f"it has {_some(list(owners))}"
             )
-        if name in found:
-            raise DataError(f"{path}:{number}: a second line for {name!r}")
-        found[name] = value
+        lines[name].append((number, value))
+        if len(lines[name]) > len(owners[name]):
+            most = len(owners[name])
+            words = "a second line" if most == 1 else f"more lines than the {most} questions of that id"
+            raise DataError(f"{path}:{number}: {words} for {name!r}")
+    found: dict[str, Any] = {}
+    for name, given in lines.items():
+        if len(given) < len(owners[name]):
+            raise DataError(
+                f"{path}:{given[0][0]}: {name!r} is the id of {len(owners[name])} questions, and the file has "
+                f"{len(given)} of it: which they belong to cannot be told",
+                hint=f"give a line for each in the order of the data, or name them {', '.join(owners[name])}",
+            )
+        found |= {item: value for item, (_, value) in zip(owners[name], given, strict=True)}
     return found
+
+
+def _owners(items: Sequence[Item], used: set[str]) -> dict[str, list[str]]:
+    """What a file may call the items → the ids of those it then means: `x#2` is one, `x` all that share `x` and are not
+    called by a name of their own in the file."""
+    owners: dict[str, list[str]] = {}
+    for item in items:
+        if item.shared_id and item.id not in used - {item.shared_id}:
+            owners.setdefault(item.shared_id, []).append(item.id)
+        if item.id != item.shared_id:
+            owners.setdefault(item.id, []).append(item.id)
+    return owners
 
 
 def _text(row: dict[str, Any], where: str) -> str:

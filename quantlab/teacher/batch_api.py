@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import random
 import time
 import uuid
@@ -21,13 +20,14 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from quantlab.errors import QuantlabError
+from quantlab.errors import DataError, QuantlabError
 from quantlab.progress import Progress
 from quantlab.teacher.budget import Ask, reserve
 from quantlab.teacher.job import Job
 from quantlab.teacher.ledger import Request, canonical
 from quantlab.teacher.owners import is_gone
-from quantlab.teacher.transport import Outcome, open_sync, read_completion, refusal_of
+from quantlab.teacher.transport import Outcome, open_sync, outcome_of, refusal_of
+from quantlab.textfile import lines_of, parse_json
 
 T = TypeVar("T")
 MOST_LINES = 50_000
@@ -202,7 +202,7 @@ class _Batches:
         for ident in (batch.output_file_id, batch.error_file_id):
             if ident:
                 text = self._call(functools.partial(self.api.client.files.content, ident)).text
-                for line in text.splitlines():
+                for _, line in lines_of(text):
                     self._read(line, attempts, strangers)
         self._keep_strangers(batch, strangers)
         said = "; ".join(str(e.message) for e in (batch.errors.data or [])) if batch.errors else ""
@@ -217,18 +217,18 @@ class _Batches:
         self, line: str, attempts: Mapping[str, int], strangers: dict[str, tuple[int, Outcome]]
     ) -> None:
         try:
-            row = json.loads(line)
+            row = parse_json(line, "a line of the batch")
             key = row["custom_id"]
             response = row.get("response") or {}
             body, status = response.get("body"), int(response.get("status_code") or 0)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            attempt = attempts.get(key)
+        except (DataError, ValueError, OverflowError, KeyError, TypeError, AttributeError):
             self.job.faults["garbled line"] += 1
             return
-        attempt = attempts.get(key)
         if attempt is None:
             return  # another process has collected it
         if status == 200 and key not in self.job.requests:
-            strangers[key] = attempt, read_completion(json.dumps(body))
+            strangers[key] = attempt, outcome_of(body)
         elif status != 200:
             fault = str(status) if status else str((row.get("error") or {}).get("code") or "error")
             self.job.lost(key, attempt, "refused", fault, 0.0)
@@ -238,7 +238,7 @@ class _Batches:
                 self._taken(key)
                 self.job.fail(key, self.why[key])
         else:
-            self._answer(key, attempt, read_completion(json.dumps(body)))
+            self._answer(key, attempt, outcome_of(body))
 
     def _answer(self, key: str, attempt: int, outcome: Outcome) -> None:
         if outcome.text is None:
@@ -258,8 +258,9 @@ class _Batches:
         """Answers to requests of an earlier recipe: paid for, so they are kept, for whoever asks that again."""
         if not strangers:
             return
-        for line in self._call(lambda: self.api.client.files.content(batch.input_file_id).text).splitlines():
-            row = json.loads(line)
+        asked = self._call(lambda: self.api.client.files.content(batch.input_file_id).text)
+        for number, line in lines_of(asked):
+            row = parse_json(line, f"{batch.input_file_id}:{number}")
             if row["custom_id"] in strangers:
                 body = row["body"]
                 rest = {name: value for name, value in body.items() if name not in ("model", "messages")}

@@ -15,7 +15,6 @@ at no cost. The key holds a digest of the file or of the weights: a changed file
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from quantlab.paths import file_digest, find_source
 from quantlab.recipe_distill import Endpoint
 from quantlab.sql.dataset import parse_row
 from quantlab.teacher.ledger import Answer, Ledger, Request, content_key
+from quantlab.textfile import json_lines
 
 BATCH_TOKENS = 4096  # prompt tokens of a batch, padding included
 Accept = Callable[[str], str | None]
@@ -98,15 +98,8 @@ def load_recorded(path: Path) -> Recorded:
     """Raises: DataError, naming file and line, for a line of neither form."""
     by_content: dict[str, str] = {}
     by_question: dict[str, list[tuple[str | None, str]]] = {}
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    _read_line(json.loads(line), f"{path}:{number}", by_content, by_question)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON: {error.msg}") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    for number, row in json_lines(path):
+        _read_line(row, f"{path}:{number}", by_content, by_question)
     if not by_content and not by_question:
         raise DataError(f"{path}: no recorded answers")
     return Recorded(by_content, by_question)

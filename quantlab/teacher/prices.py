@@ -13,6 +13,7 @@ import yaml
 
 from quantlab.errors import DataError
 from quantlab.recipe_distill import Price
+from quantlab.textfile import read_text
 
 TABLE = Path(__file__).with_name("prices.yaml")
 ENVIRONMENT = "QUANTLAB_PRICES"
@@ -63,8 +64,8 @@ def cost(price: Price | None, input_tokens: int, output_tokens: int) -> float:
 
 def load_table(path: Path) -> dict[str, Entry]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(path, "the prices in "))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read the prices in {path}: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected models with their prices", hint=f"{TABLE.name} shows the form")

@@ -28,6 +28,7 @@ from quantlab.errors import DataError
 from quantlab.paths import PACKAGE
 from quantlab.sql.extract import extract
 from quantlab.teacher.ledger import Request
+from quantlab.textfile import read_text
 
 Task = Literal["answer", "write", "judge"]
 Language = Literal["ko", "en"]
@@ -80,7 +81,7 @@ def load_prompt(task: str, language: str) -> Prompt:
     if task not in FIELDS or not path.is_file():
         known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.yaml")))
         raise DataError(f"no prompt for task {task!r} in language {language!r}", hint=f"there are {known}")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     return parse_prompt(text, task, language, path.name)
 
 

@@ -14,7 +14,6 @@ import asyncio
 import contextvars
 import email.utils
 import ipaddress
-import json
 import math
 import os
 import time
@@ -23,9 +22,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from quantlab.errors import MachineError, QuantlabError
+from quantlab.errors import DataError, MachineError, QuantlabError
 from quantlab.recipe_distill import Endpoint
 from quantlab.teacher.budget import Fate
+from quantlab.teacher.replies import join_events, message_text
+from quantlab.textfile import MARK, parse_json
 
 GATEWAY_TIMEOUTS = (408, 504, 524)  # somebody gave up waiting; what stood behind may have gone on
 NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
@@ -253,18 +254,22 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 def read_completion(text: str, content_type: str = "") -> Outcome:
     """A body of status 200 as an outcome: JSON, or server-sent events from servers that only stream."""
     try:
-        body = _join_events(text) if "event-stream" in content_type else json.loads(text)
-    except (ValueError, RecursionError):
+        streamed = "event-stream" in content_type
+        body = join_events(text) if streamed else parse_json(text.lstrip(MARK), "the answer")
+    except (DataError, ValueError):
         return Outcome("uncertain", "garbled")
+    return outcome_of(body)
+
+
+def outcome_of(body: Any) -> Outcome:
+    """A completion, which came whole in whatever way, as an outcome."""
     inputs, outputs = _usage(body)
     try:
         choice = body["choices"][0]
-        content = choice["message"]["content"]
-        if not isinstance(content, str):
-            content = choice["message"].get("refusal")
-        if not isinstance(content, str):
-            raise TypeError
-    except (KeyError, IndexError, TypeError, AttributeError):
+        content = message_text(choice["message"])
+    except (KeyError, IndexError, TypeError):
+        content = None
+    if content is None:
         fate: Fate = "uncertain" if inputs is None or outputs is None else "paid"
         return Outcome(fate, "no answer in it", None, inputs, outputs)
     content = content.encode(
@@ -280,22 +285,3 @@ def _usage(body: Any) -> tuple[int | None, int | None]:
     found = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     counts = [n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 else None for n in found]
     return counts[0], counts[1]
-
-
-def _join_events(text: str) -> dict[str, Any]:
-    """Chunks of a stream as one completion. ValueError when the stream breaks off."""
-    content, finish, usage = "", None, None
-    for line in text.splitlines():
-        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-        if not data or data == "[DONE]":
-            continue
-        chunk = json.loads(data)
-        if not isinstance(chunk, dict) or "error" in chunk:
-            raise ValueError("an error in the stream")
-        usage = chunk.get("usage") or usage
-        for choice in chunk.get("choices") or []:
-            content += (choice.get("delta") or {}).get("content") or ""
-            finish = choice.get("finish_reason") or finish
-    if finish is None:
-        raise ValueError("the stream breaks off")
-    return {"choices": [{"message": {"content": content}, "finish_reason": finish}], "usage": usage}

@@ -74,8 +74,9 @@ class Batch:
 
 
 class HostileServer:
-    """See the module. `answer(messages, body)` may replace the text; `status` answers every request with one status;
-    `refuses` names body parameters that get 400; `latency` seconds pass before each answer."""
+    """See the module. `answer(messages, body)` may replace the text, `content(text)` what the message holds; `raw`
+    leaves characters unescaped in JSON, `line_end` ends the lines of a stream; `status` answers every request with one
+    status; `refuses` names body parameters that get 400; `latency` seconds pass before each answer."""
 
     def __init__(
         self,
@@ -91,10 +92,13 @@ class HostileServer:
         usage: bool = True,
         stream: bool = False,
         retry_after: str | None = None,
+        content: Callable[[str], Any] | None = None,
+        raw: bool = False,
+        line_end: str = "\n",
     ) -> None:
         self.faults, self.latency, self.count, self.answer = faults or {}, latency, count, answer
         self.status, self.body, self.refuses, self.usage, self.stream = status, body, refuses, usage, stream
-        self.retry_after = retry_after
+        self.retry_after, self.content, self.raw, self.line_end = retry_after, content, raw, line_end
         self.random = random.Random(seed)
         self.arrivals: list[Arrival] = []
         self.paths: list[str] = []
@@ -225,7 +229,9 @@ class HostileServer:
             await _write(writer, 200, reply[: len(reply) // 2])
             return True
         kind = "text/event-stream" if self.stream else "application/json"
-        message = _response(200, _events(reply) if self.stream else reply, {"Content-Type": kind})
+        if self.stream:
+            reply = _events(reply, self._dumps).replace("\n", self.line_end)
+        message = _response(200, reply, {"Content-Type": kind})
         arrival.delivered = True  # before the client can act on it
         writer.write(message * 2 if fault == "twice" else message)
         await writer.drain()
@@ -273,10 +279,14 @@ class HostileServer:
             "completion_tokens": arrival.output_tokens,
             "total_tokens": arrival.input_tokens + arrival.output_tokens,
         }
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        content = text if self.content is None else self.content(text)
+        choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
         whole = {"id": f"chatcmpl-{len(self.arrivals)}", "object": "chat.completion", "created": 0}
         whole |= {"model": body["model"], "choices": [choice]}
-        return json.dumps(whole | ({"usage": usage} if self.usage else {}))
+        return self._dumps(whole | ({"usage": usage} if self.usage else {}))
+
+    def _dumps(self, value: Any) -> str:
+        return json.dumps(value, ensure_ascii=not self.raw)
 
     # -- the Batch API --
 
@@ -288,7 +298,7 @@ class HostileServer:
         if (method, path) == ("POST", "/batches"):
             asked = json.loads(raw)
             batch = Batch(f"batch_{len(self.batches)}", asked["input_file_id"], asked.get("metadata") or {})
-            batch.counts["total"] = len(self.files[batch.file].splitlines())
+            batch.counts["total"] = len(self.files[batch.file].split("\n")) - 1
             self.batches[batch.id] = batch
             if self.lose_batch_reply:
                 self.lose_batch_reply -= 1
@@ -313,7 +323,7 @@ class HostileServer:
         if batch.looks < self.patience:
             return
         good, bad = [], []
-        for line in self.files[batch.file].splitlines():
+        for line in self.files[batch.file].removesuffix("\n").split("\n"):
             row = json.loads(line)
             arrival = self._arrive(row["body"])
             answered = {"id": f"batch_req_{len(self.arrivals)}", "custom_id": row["custom_id"], "error": None}
@@ -332,7 +342,7 @@ class HostileServer:
             arrival.billed = arrival.delivered = True
             body = json.loads(self._complete(arrival, row["body"]))
             good.append(
-                json.dumps(answered | {"response": {"status_code": 200, "request_id": "r", "body": body}})
+                self._dumps(answered | {"response": {"status_code": 200, "request_id": "r", "body": body}})
             )
         self.random.shuffle(good)
         batch.output, batch.error = f"{batch.file}-out", f"{batch.file}-err"
@@ -378,16 +388,33 @@ def _cut_off(writer: asyncio.StreamWriter, first: bytes) -> None:
     writer.transport.abort()
 
 
-def _events(reply: str) -> str:
+def _events(reply: str, dumps: Callable[[Any], str] = json.dumps) -> str:
     whole = json.loads(reply)
-    text = whole["choices"][0]["message"]["content"]
-    parts = [text[i : i + 7] for i in range(0, len(text), 7)]
+    content = whole["choices"][0]["message"]["content"]
+    parts = (
+        _pieces(content)
+        if isinstance(content, str)
+        else [[piece] for part in content for piece in _split(part)]
+    )
     chunks = [
         {"choices": [{"index": 0, "delta": {"content": part}, "finish_reason": None}]} for part in parts
     ]
     last: dict[str, Any] = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
     chunks.append(last | ({"usage": whole["usage"]} if "usage" in whole else {}))
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    return "".join(f"data: {dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[i : i + 7] for i in range(0, len(text), 7)] or [""]
+
+
+def _split(part: Any) -> list[Any]:
+    """A content part as the parts that chunks of a stream hold."""
+    if isinstance(part, str):
+        return list(_pieces(part))
+    if isinstance(part.get("text"), str):
+        return [part | {"text": piece} for piece in _pieces(part["text"])]
+    return [part]
 
 
 def _form_file(head: str, raw: bytes) -> str:

@@ -11,6 +11,7 @@ SQLite file. The hint is in `extra["evidence"]`, for a prompt to show.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,13 @@ def load(rest: str, schemas: Schemas) -> Benchmark:
     folder = file.parent
     golds = first_existing(folder, [f"{file.stem}_gold.sql", f"{file.stem}.sql", f"{split}_gold.sql"])
     databases = [folder / name for name in sorted(DATABASES, key=lambda name: not name.startswith(split))]
-    return Benchmark(str(file), read_rows(file), _Reader(split, databases, golds, schemas).read)
+    return Benchmark(str(file), read_rows(file), _Reader(split, databases, golds, schemas).read, question_id)
+
+
+def question_id(row: RawRow) -> str:
+    """The id of a question, which the published Mini-Dev gives twice here and there; a row without one is numbered."""
+    number = row.value.get("question_id") if isinstance(row.value, Mapping) else None
+    return str(number) if isinstance(number, int) else row.id
 
 
 def _questions(folder: Path, split: str) -> tuple[Path, str]:
@@ -88,9 +95,8 @@ class _Reader:
         values = take_mapping(row)
         name = safe_name(values.get("db_id"), row)
         database = find_database(self.databases, name, row)
-        number = values.get("question_id")
         item: dict[str, Any] = {
-            "id": str(number) if isinstance(number, int) else row.id,
+            "id": question_id(row),
             "db_id": name,
             "context": self.schemas.ddl(database),
             "question": take_text(row, "question"),

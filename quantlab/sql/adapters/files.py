@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from quantlab import textfile
 from quantlab.errors import DataError, MachineError
 from quantlab.paths import nearest
 from quantlab.sql.adapters import RawRow
@@ -57,12 +57,7 @@ def read_rows(path: Path, first: int = 1) -> list[RawRow]:
 
 def json_rows(path: Path, first: int = 1) -> list[RawRow]:
     """A file that holds one list of objects. Rows are named by their number, since JSON has no lines of its own."""
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of a thousand digits, a thousand brackets
-        raise DataError(f"{path}: not JSON that can be read: {error}") from error
+    value = textfile.parse_document(read_text(path), str(path))
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of questions, found {_kind(value)}")
     return [
@@ -72,18 +67,9 @@ def json_rows(path: Path, first: int = 1) -> list[RawRow]:
 
 
 def jsonl_rows(path: Path, first: int = 1) -> list[RawRow]:
-    rows: list[RawRow] = []
-    # Not splitlines(): U+2028 and its like are allowed inside a JSON string.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(RawRow(f"{path}:{number}", str(len(rows) + first), json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error.msg}") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON that can be read: {error}") from error
-    return rows
+    """The rows of a JSON lines file, their ids counted from `first`."""
+    lines = textfile.parse_json_lines(read_text(path), str(path))
+    return [RawRow(f"{path}:{number}", str(at), row) for at, (number, row) in enumerate(lines, start=first)]
 
 
 def csv_rows(path: Path, first: int = 1) -> list[RawRow]:
@@ -141,10 +127,7 @@ def gold_lines(path: Path) -> list[str]:
 def read_text(path: Path) -> str:
     """A text file of bounded size; DataError for one that is no UTF-8, or a pointer to a file that was not fetched."""
     _check_size(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    text = textfile.read_text(path)
     if is_pointer(text[:64]):
         raise DataError(f"{path} is a Git LFS pointer, not the file itself", hint="git lfs pull")
     return text
