@@ -39,13 +39,13 @@ def settle(recipe: R, files: ModelFiles) -> R:
     return parse_settled(type(recipe), content)
 
 
-def note_texts(recipes: Sequence[BaseRecipe], files: ModelFiles) -> str:
+def note_texts(recipes: Sequence[BaseRecipe], files: ModelFiles, *, measured: bool = True) -> str:
     """What to say of texts that the recipes (as written, not settled) leave open: which are used, and how to name one's
-    own. Empty where all are named."""
+    own. Empty where all are named. ``measured``: whether the tasks will run."""
     used: dict[str, list[str]] = {}
     for recipe in recipes:
         for key in _text_keys(recipe):
-            if not _is_named(recipe, key):
+            if not _is_named(recipe, key) and (measured or not key.startswith("tasks.")):
                 keys = used.setdefault(_value(settle(recipe, files), key), [])
                 keys += [key] if key not in keys else []
     if not used:

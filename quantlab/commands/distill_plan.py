@@ -12,6 +12,7 @@ from quantlab.calibration import read_texts
 from quantlab.commands.defaults import settle
 from quantlab.commands.work import (
     Work,
+    check_weights,
     open_model,
     plan_work,
     refuse_existing,
@@ -76,6 +77,7 @@ def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
     if found is not None and not options.resume:
         refuse_existing(work, found)
     measured = made and found is not None and found.done
+    check_weights(files)
     return Plan(cell, recipe, files, work, base, out, made, measured, source)
 
 

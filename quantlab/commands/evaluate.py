@@ -16,6 +16,7 @@ from quantlab.commands.quantize import calibration_name, check_device, fail_for,
 from quantlab.commands.work import (
     COMPARED,
     Work,
+    check_weights,
     find_baseline,
     open_model,
     plan_work,
@@ -121,6 +122,8 @@ def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]
         refuse_existing(target, found)
     baseline, works = _baseline(target, options, progress)
     works.append(target)
+    for work in works:
+        check_weights(work.files)
     if options.dry_run:
         plan = [
             {"recipe": w.model, "steps": list(w.recipe.evaluate), "run_id": w.run_id, "checkpoint": None}

@@ -21,6 +21,7 @@ from quantlab.commands.measure import Bench, Entry
 from quantlab.commands.work import (
     COMPARED,
     Work,
+    check_weights,
     find_baseline,
     open_model,
     plan_work,
@@ -141,7 +142,7 @@ def quantize_and_measure(
     """Everything between the command line and its last line; returns the summary."""
     check_device(options.device)
     files = open_model(options.model, progress)
-    if said := note_texts([recipe for _, recipe in recipes], files):
+    if said := note_texts([recipe for _, recipe in recipes], files, measured=options.evaluate):
         progress.note(said)
     recipes = [(name, settle(recipe, files)) for name, recipe in recipes]
     for _, recipe in recipes:
@@ -150,6 +151,7 @@ def quantize_and_measure(
     for item in items:
         if item.solve and item.out is not None:
             check(item.recipe, options.model, item.out)
+    check_weights(files)
     if options.dry_run:
         return {"status": "dry-run", "model": options.model, "plan": [_steps(item) for item in items]}
     _solve(items, options, progress)

@@ -69,6 +69,13 @@ def open_model(ref: str | Path, progress: Progress | None = None) -> ModelFiles:
     return files
 
 
+def check_weights(files: ModelFiles) -> None:
+    """Read every weight once, when everything cheaper has been checked. DataError for NaN and infinity."""
+    from quantlab.models.finite import refuse_nonfinite
+
+    refuse_nonfinite(files)
+
+
 def plan_work(
     name: str,
     recipe: Recipe,

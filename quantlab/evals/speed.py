@@ -175,7 +175,7 @@ def _result(found: _Rounds, reference: _Rounds | None, options: SpeedOptions, to
         metrics[f"{kind}_tok_s"] = statistics.median(speeds)
         details[f"{kind}_range"] = [min(speeds), max(speeds)]
         details[f"{kind}_rounds"] = found.speeds[kind]
-    if reference is not None:
+    if reference is not None and reference is not found:
         for kind in KINDS:
             ratios = [found.speeds[kind][i] / reference.speeds[kind][i] for i in chosen]
             metrics[f"{kind}_ratio"] = statistics.median(ratios)

@@ -1,4 +1,4 @@
-"""One look at every stored weight for NaN and infinity, before any work (no torch).
+"""One look at every stored weight for NaN and infinity, the last check before any work (no torch).
 
 A floating-point number is NaN or infinite when all bits of its exponent are set (IEEE 754; float8 E4M3 has one pattern
 for NaN and none for infinity, arXiv:2209.05433), so bytes are compared and nothing is converted. Files are read in

@@ -1,8 +1,8 @@
-"""What a model must be before anything is done with it, told from configuration, headers and one reading of its weights
-(no torch).
+"""What a model must be before anything is done with it, told from configuration and headers (no torch).
 
 Every verb asks :func:`refuse_unusable` before heavy work, so that a model is refused at once, in one line, and in the
-same words by every method; quantizing also asks :func:`refuse_unfit`.
+same words by every method; quantizing also asks :func:`refuse_unfit`. Whether the weights are numbers takes a reading
+of all of them and is asked last: ``finite.refuse_nonfinite``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 from quantlab.errors import DataError
 from quantlab.models.files import ModelFiles
-from quantlab.models.finite import refuse_nonfinite
 from quantlab.models.vocabulary import refuse_foreign_tokens
 
 # Heads of models that do not continue text from left to right, as they end the names of transformers' classes.
@@ -30,12 +29,10 @@ def refuse_unusable(files: ModelFiles) -> None:
     """Refuse what no verb can work with.
 
     Raises:
-        DataError: no causal language model of text alone, tokens that the embedding has no row for, weights that hold
-            NaN or infinite values.
+        DataError: no causal language model of text alone, or tokens that the embedding has no row for.
     """
     refuse_other_kinds(files)
     refuse_foreign_tokens(files)
-    refuse_nonfinite(files)
 
 
 def refuse_other_kinds(files: ModelFiles) -> None:

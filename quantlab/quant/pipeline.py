@@ -66,6 +66,7 @@ def quantize(
     Raises:
         QuantlabError: as :func:`check`, and for bad calibration data; blocks already written stay, for ``resume``.
     """
+    from quantlab.models.finite import refuse_nonfinite
     from quantlab.models.load import pick_device
     from quantlab.quant.checkpoint import claim
 
@@ -75,6 +76,8 @@ def quantize(
         check(job.recipe, model, job.out)
         if job.recipe.method != "none":
             claim(job.out)
+    if any(job.recipe.method != "none" for job in jobs):
+        refuse_nonfinite(files)
     place = pick_device(chosen.device)
     outcomes: dict[int, Outcome] = {}
     groups: dict[str, list[int]] = {}

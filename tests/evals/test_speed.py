@@ -1,25 +1,135 @@
-"""Speed and memory: plausible numbers, and refusals."""
+"""Speed and memory: processes of their own that take turns, what counts as disturbed, and what a model holds."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from quantlab.errors import RecipeError
-from quantlab.evals.speed import PeakMemory, evaluate, time_once
+from quantlab.errors import DataError, MachineError, QuantlabError
+from quantlab.evals import speed
+from quantlab.evals.speed import Contestant, measure
+from quantlab.evals.speed_process import SpeedProcess
+from quantlab.evals.speed_worker import time_once
+from quantlab.models.disturbance import DISTURBED, mark, others_since
+from quantlab.models.held import held_bytes
+from quantlab.models.load import load_subject
 from quantlab.progress import Silent
-from quantlab.recipe import SpeedOptions
+from quantlab.quant.jobs import Job
+from quantlab.quant.pipeline import quantize
+from quantlab.recipe import KvCacheOptions, QuantizeRecipe, SpeedOptions
+from tests.conftest import write_tiny
+
+OPTIONS = SpeedOptions(prompt_tokens=16, new_tokens=4, repeats=2)
 
 
-def test_numbers(tiny: Any) -> None:
-    options = SpeedOptions(prompt_tokens=32, new_tokens=4, batch_size=2, repeats=3)
-    found = evaluate(tiny, options, progress=Silent())
-    assert found.metrics["prefill_tok_s"] > found.metrics["decode_tok_s"] > 0
-    assert sorted(found.details["decode_runs"])[1] == found.metrics["decode_tok_s"]
-    assert len(found.details["prefill_runs"]) == 3
-    assert found.metrics["peak_memory_bytes"] > 50 * 2**20
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("speed") / "plain")
+
+
+@pytest.fixture(scope="module")
+def small(plain: Path) -> Path:
+    """The same model at 4 bits."""
+    out = plain.parent / "rtn-int4"
+    recipe = QuantizeRecipe(method="rtn", bits=4, group_size=32)
+    quantize([Job("rtn-int4", recipe, out)], str(plain), progress=Silent())
+    return out
+
+
+def test_two_models_take_turns(plain: Path, small: Path) -> None:
+    base, four = Contestant(str(plain), "plain"), Contestant(str(small), "rtn-int4")
+    found = measure([four, base], base, OPTIONS, device="cpu", progress=Silent())
+    for result in found:
+        metrics, details = result.metrics, result.details
+        rounds = details["decode_rounds"]
+        assert 2 <= len(rounds) == len(details["prefill_rounds"]) == len(details["others"]) <= 3
+        low, high = details["decode_range"]
+        assert 0 < low <= metrics["decode_tok_s"] <= high and metrics["prefill_tok_s"] > 0
+        assert metrics["load_seconds"] > 0 and metrics["peak_memory_bytes"] > 0
+        assert metrics["disturbed"] in (0, 1) and set(details["rounds_counted"]) <= set(range(len(rounds)))
+        assert details["threads"] >= 1 and details["models_in_turn"] == 2 and details["baseline"] == "plain"
+    ours, theirs = found
+    ratios = sorted(
+        a / b for a, b in zip(ours.details["decode_rounds"], theirs.details["decode_rounds"], strict=True)
+    )
+    assert ratios[0] <= ours.metrics["decode_ratio"] <= ratios[-1]
+    assert "decode_ratio" not in theirs.metrics  # nobody is compared with itself
+    assert ours.details["kernel"] != "torch" and theirs.details["kernel"] == "torch"
+    parameters = sum(p.nbytes for p in load_subject(plain, device="cpu").model.parameters())
+    assert parameters <= theirs.metrics["memory_bytes"] <= 1.05 * parameters
+    assert ours.metrics["memory_bytes"] < theirs.metrics["memory_bytes"]
+
+
+def test_each_process_has_seen_nothing_else(plain: Path) -> None:
+    """Numbers of a model do not know how many others were measured before it in this process."""
+    block = torch.ones(2**28, dtype=torch.uint8)  # a parent with much memory
+    found = measure([Contestant(str(plain), "plain")], None, OPTIONS, device="cpu", progress=Silent())[0]
+    assert found.metrics["peak_memory_bytes"] < block.nbytes
+    assert "decode_ratio" not in found.metrics
+
+
+def test_a_quantized_cache_is_measured_too(plain: Path) -> None:
+    options = SpeedOptions(prompt_tokens=80, new_tokens=4, repeats=1)
+    options._kv_cache = KvCacheOptions(bits=4, group_size=32, residual=32)
+    found = measure([Contestant(str(plain), "plain")], None, options, device="cpu", progress=Silent())[0]
+    assert found.details["kv_cache"]
+
+
+def test_models_that_do_not_fit_together_are_measured_in_groups(
+    plain: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, four, other = (
+        Contestant(str(p), n) for p, n in ((plain, "plain"), (small, "four"), (small, "other"))
+    )
+    monkeypatch.setattr(speed, "available", lambda: int(2.5 * speed.IDLE))
+    groups = list(speed._groups([base, four, other], base))
+    assert groups == [[base, four], [base, other]]
+    assert list(speed._groups([four], None)) == [[four]]
+    monkeypatch.setattr(speed, "available", lambda: 0)
+    assert list(speed._groups([base, four, other], base)) == [[base, four], [base, other]]
+    monkeypatch.setattr(speed, "available", lambda: 10**12)
+    assert list(speed._groups([four, other], base)) == [[base, four, other]]
+    assert list(speed._groups([base], base)) == [[base]]
+
+
+def test_what_the_process_meets_is_told_in_its_words(plain: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with contextlib.closing(SpeedProcess()) as process, pytest.raises(DataError, match="no config.json"):
+        process.ask("prepare", ref=str(empty), dtype="auto", device="cpu", trust_remote_code=False,
+                    options=OPTIONS.model_dump(), kv_cache=None)  # fmt: skip
+    with contextlib.closing(SpeedProcess()) as process:
+        process._process.send_signal(signal.SIGKILL)
+        with pytest.raises(MachineError, match="was killed"):
+            process.ask("round")
+    with contextlib.closing(SpeedProcess()) as process, pytest.raises(QuantlabError, match="ended with code"):
+        process.ask("round")  # nothing is loaded
+
+
+def test_no_process_is_left_behind(plain: Path) -> None:
+    def workers() -> set[int]:
+        return {
+            child.pid
+            for child in psutil.Process().children(recursive=True)
+            if "speed_worker" in " ".join(child.cmdline())
+        }
+
+    before = workers()
+    bad = Contestant(str(plain / "missing"), "missing")
+    with pytest.raises(QuantlabError):
+        speed._measure_group([Contestant(str(plain), "plain"), bad], OPTIONS, "cpu", False, Silent())
+    assert workers() == before
 
 
 def test_decoding_runs_the_whole_model_for_every_token(tiny: Any) -> None:
@@ -35,20 +145,65 @@ def test_decoding_runs_the_whole_model_for_every_token(tiny: Any) -> None:
     assert calls == [8, 1, 1, 1, 1, 1]
 
 
-def test_peak_memory_sees_what_was_freed_again() -> None:
-    memory = PeakMemory("cpu")
-    if "measurement" not in memory.what:
-        pytest.skip("this system does not let the mark be reset")
-    before = memory.read()
-    block = torch.ones(64 * 2**20, dtype=torch.uint8)
-    del block
-    after = memory.read()
-    assert before is not None and after is not None
-    assert after >= before + 32 * 2**20 or after >= 64 * 2**20
-    fresh = PeakMemory("cpu").read()
-    assert fresh is not None and fresh <= after
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Processes that do nothing but compute."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        time.sleep(0.3)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
-def test_refuses_more_than_the_model_can_attend_to(tiny: Any) -> None:
-    with pytest.raises(RecipeError, match="512 positions"):
-        evaluate(tiny, SpeedOptions(prompt_tokens=500, new_tokens=32), progress=Silent())
+def test_other_processes_are_noticed() -> None:
+    with busy(2 * (os.cpu_count() or 1)):
+        before = mark()
+        time.sleep(1.0)
+        assert others_since(before) > DISTURBED
+
+
+def test_own_work_is_not_taken_for_others() -> None:
+    """As far as the machine is quiet: what this process used itself is taken off."""
+    before = mark()
+    total = 0
+    while time.perf_counter() - before.clock < 1.0:
+        total += sum(range(1000))
+    now = mark()
+    own, busy_seconds = now.own - before.own, now.busy - before.busy
+    assert total and others_since(before) <= busy_seconds - own + 0.1
+
+
+def test_which_rounds_count() -> None:
+    quiet, loud = 0.0, 1.0
+    base = speed._Rounds(Contestant("a", "a"), {}, others=[quiet, loud, quiet, quiet])
+    model = speed._Rounds(Contestant("b", "b"), {}, others=[quiet, quiet, loud, quiet])
+    assert speed._chosen(model, base, 2) == ([0, 3], False)
+    assert speed._chosen(model, base, 3) == ([0, 1, 2, 3], True)
+    assert speed._chosen(model, None, 3) == ([0, 1, 3], False)
+
+
+def test_what_a_model_holds() -> None:
+    layer = torch.nn.Linear(64, 32)
+    model = torch.nn.Sequential(layer, torch.nn.Linear(32, 64))
+    model[1].weight = torch.nn.Parameter(layer.weight.T)  # a view: the storage is shared
+    expected = (64 * 32 + 32 + 64) * 4
+    assert held_bytes(model) == expected
+    model.register_buffer("table", torch.zeros(10, dtype=torch.int64))
+    assert held_bytes(model) == expected + 80
+    model[0].plain_attribute = [torch.zeros(3), {"x": torch.zeros(2)}]
+    assert held_bytes(model) == expected + 80 + 20
+    assert held_bytes(torch.nn.Linear(8, 8, device="meta")) == 0
+
+
+def test_scales_beside_4_bit_weights_count(plain: Path, tmp_path: Path) -> None:
+    """bitsandbytes keeps them where neither parameters() nor buffers() look."""
+    quantize([Job("x", QuantizeRecipe(method="bnb-nf4"), tmp_path / "x")], str(plain), progress=Silent())
+    model = load_subject(tmp_path / "x", device="cpu").model
+    listed = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
+    weights = [m.weight for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    scales = sum(w.quant_state.absmax.nbytes for w in weights)
+    assert weights and scales > 0
+    assert held_bytes(model) >= listed + scales
