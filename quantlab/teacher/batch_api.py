@@ -202,7 +202,7 @@ class _Batches:
         for ident in (batch.output_file_id, batch.error_file_id):
             if ident:
                 text = self._call(functools.partial(self.api.client.files.content, ident)).text
-                for line in text.splitlines():
+                for line in _lines(text):
                     self._read(line, attempts, strangers)
         self._keep_strangers(batch, strangers)
         said = "; ".join(str(e.message) for e in (batch.errors.data or [])) if batch.errors else ""
@@ -258,7 +258,8 @@ class _Batches:
         """Answers to requests of an earlier recipe: paid for, so they are kept, for whoever asks that again."""
         if not strangers:
             return
-        for line in self._call(lambda: self.api.client.files.content(batch.input_file_id).text).splitlines():
+        text = self._call(lambda: self.api.client.files.content(batch.input_file_id).text)
+        for line in _lines(text):
             row = json.loads(line)
             if row["custom_id"] in strangers:
                 body = row["body"]
@@ -318,3 +319,8 @@ def _first(pages: Any, most: int) -> Iterator[Any]:
         if number == most:
             return
         yield row
+
+
+def _lines(text: str) -> list[str]:
+    """Lines of JSON. Not splitlines(): U+2028 and its like are allowed inside a JSON string."""
+    return [line for line in text.split("\n") if line.strip()]
