@@ -16,6 +16,7 @@ import pytest
 
 from quantlab.errors import QuantlabError, RecipeError
 from quantlab.recipe import DistillRecipe, parse_recipe
+from quantlab.results import read_jsonl
 from quantlab.sql.dataset import load_items
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,10 @@ def server() -> Iterator[tuple[str, type[Gold]]]:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_address[1]}/v1", kind
         httpd.shutdown()
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def quantlab(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -165,6 +170,58 @@ def test_resume_repeats_nothing(
     assert len(server[1].asked) == before
     refused = quantlab("distill", "r.yaml", cwd=folder, code=2)
     assert "--resume" in refused.stderr
+
+
+def with_evidence(number: int, place: str = "매장") -> dict[str, Any]:
+    """A row whose evidence alone tells it from its neighbours."""
+    return {
+        "id": f"{place}-{number}",
+        "db_id": place,
+        "context": f"CREATE TABLE {place} (id INT, kind INT, city TEXT);",
+        "question": f"{place} 가운데 특별한 것은?",
+        "answer": f"SELECT id FROM {place} WHERE kind = {number};",
+        "evidence": f"특별한 {place}은 kind = {number}\r\n(도시와 무관)",
+    }
+
+
+def test_evidence_from_the_file_to_teacher_judge_and_student(
+    server: tuple[str, type[Gold]], tmp_path: Path
+) -> None:
+    """Rows that differ in their evidence alone: all are asked about, judged, kept and learned, evidence and all."""
+    rows = [with_evidence(number) for number in range(6)]
+    rows.append({key: value for key, value in with_evidence(9).items() if key != "evidence"})
+    write(tmp_path / "rows.jsonl", rows)
+    write(tmp_path / "test.jsonl", [with_evidence(number, "도서") for number in range(2)])
+    (tmp_path / "r.yaml").write_text(RECIPE.format(url=server[0]), encoding="utf-8")
+    before = len(server[1].asked)
+    server[1].answers["CREATE TABLE 매장"] = "SELECT id FROM 매장;"  # to all of them the same
+    places = ("--set", "data.source=rows.jsonl", "--set", "tasks.text2sql.data=test.jsonl")
+    done = json.loads(quantlab("distill", "r.yaml", "--json", *places, cwd=tmp_path).stdout)
+    asked = server[1].asked[before:]
+    answers = [said for said in asked if "<sql>" not in said]
+    assert len(answers) == len(rows)
+    for row in rows:
+        shown = f"<evidence>\n{row.get('evidence')}\n</evidence>"
+        assert sum(shown in said for said in answers) == ("evidence" in row)
+        assert sum(shown in said for said in asked if "<sql>" in said) == ("evidence" in row)
+    (kept,) = (tmp_path / "results" / "data").glob("*/train.jsonl")
+    learned = {row["id"]: row.get("evidence") for row in read_jsonl(kept)}
+    assert learned == {row["id"]: row.get("evidence") for row in rows}
+    assert done["cells"][0]["numbers"]["steps"] == 2
+
+
+def test_evidence_that_is_no_text_is_said_before_any_work(tmp_path: Path) -> None:
+    rows = [with_evidence(1), {**with_evidence(2), "evidence": ["kind = 2"]}]
+    write(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "r.yaml").write_text("kind: distill\nstudent: {model: embedded:base}\n", encoding="utf-8")
+    named = "rows.jsonl:2: 'evidence' must be text, found a list"
+    learned = ("--set", "data.source=rows.jsonl", "--dry-run")
+    assert (
+        named in quantlab("distill", "r.yaml", *learned, cwd=tmp_path).stdout
+    )  # left out, as any unreadable row
+    asked = ("--set", "tasks.text2sql.data=rows.jsonl", "--dry-run")
+    assert named in quantlab("distill", "r.yaml", *asked, cwd=tmp_path, code=4).stderr
+    assert not (tmp_path / "results").exists()
 
 
 def recipe(text: str) -> DistillRecipe:

@@ -1,5 +1,6 @@
 """`quantlab evaluate --predictions`: scored without a model, as a user runs it."""
 
+import csv
 import json
 import os
 import sqlite3
@@ -89,6 +90,41 @@ def test_populated_and_witness_databases(folder: Path) -> None:
         assert connection.execute("SELECT COUNT(*) FROM players").fetchone() == (3,)
     board = (folder / "results" / "leaderboard.csv").read_text(encoding="utf-8")
     assert board.count("predicted.jsonl") == 2
+
+
+@pytest.mark.parametrize("kind", ["bundled", ".csv", ".jsonl", ".parquet"])
+def test_the_books_columns_are_scored_by_witness_databases(tmp_path: Path, kind: str) -> None:
+    """Questions as the book has them, db_id, context, question, answer and no database, in every form of file."""
+    from quantlab.sql.dataset import load_items
+
+    bundled = "ko_text2sql:ko_text2sql/test_book_columns.csv"
+    items = load_items(bundled, 6)
+    rows = [
+        {"db_id": 1, "context": item.context, "question": item.question, "answer": item.answer}
+        for item in items
+    ]
+    path = tmp_path / f"test{kind}"
+    if kind == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == ".jsonl":
+        write(path, rows)
+    data = bundled if kind == "bundled" else f"ko_text2sql:{path}"
+    wrong = "SELECT 1;"
+    write(
+        tmp_path / "p.jsonl", [{"prediction": one["answer"]} for one in rows[:-1]] + [{"prediction": wrong}]
+    )
+    options = ("--set", "tasks.text2sql.limit=6", "--set", "tasks.text2sql.dialect=sqlite", "--json")
+    summary = json.loads(evaluate(tmp_path, "--predictions", "p.jsonl", "--data", data, *options).stdout)
+    witness = summary["details"]["witness"]
+    assert (summary["metrics"]["n_ok"], summary["metrics"]["n_wrong"]) == (5, 1)
+    assert witness["items"] == 6 and witness["databases"] >= 6
+    assert witness["mutation_score"] == witness["killed"] / witness["mutants"] > 0.8
 
 
 def test_published_rules_and_a_judge_beside_ours(folder: Path) -> None:

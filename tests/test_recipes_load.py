@@ -10,13 +10,14 @@ from quantlab.commands.recipes import about
 from quantlab.distill.sweep import cells
 from quantlab.paths import bundled, find_source
 from quantlab.recipe import DistillRecipe, QuantizeRecipe, bundled_recipes, load_recipe
-from quantlab.sql.dataset import parse_hub
+from quantlab.sql.dataset import load_items, parse_hub
 
 ROOT = bundled("recipes")
 FILES = sorted(ROOT.rglob("*.y*ml"))
 METHODS = {"none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq", "fp8"}
 LAYOUTS = {"gptq", "awq", "compressed-tensors", "bitsandbytes", "none"}
 BOOK = sorted((ROOT / "book").glob("*.yaml"))
+SMALL = "ko_text2sql:ko_text2sql/test_book_columns.csv"  # what the book's recipes are evaluated on in their small forms
 
 
 def name(path: Path) -> str:
@@ -39,7 +40,7 @@ def check_sources(recipe: DistillRecipe) -> None:
         if source.startswith("hf:"):
             assert parse_hub(source)[0]
         else:
-            assert find_source(source).is_file()
+            assert find_source(source.removeprefix("ko_text2sql:")).is_file()
 
 
 def test_every_file_is_found_by_name() -> None:
@@ -86,7 +87,7 @@ DIGESTS = {
     "gptq-int3": "e3d216434e447c32", "gptq-int4": "e7fabd368c9c68db", "gptq-int8": "48e8829c545dd338",
     "none": "6aa107f0474beafb", "rtn-int3": "95f1331133516216", "rtn-int4": "cb4c26f1ef3cb692",
     "rtn-int8": "aec7547c801c2a32", "heal-nf4": "4b868ef2e3f84831", "distill-ko-text2sql": "a5e6eaa67deaab03",
-    "book/lora-rank": "20a11ad151634045",
+    "book/lora-rank": "047f353fbb1f50ff",
 }  # fmt: skip
 
 
@@ -106,6 +107,8 @@ def test_a_table_of_the_book_is_a_grid_and_runs_small_as_its_comment_says(path: 
     grid = cells(recipe, path.name)
     assert len(grid) > 1 and len({cell.label for cell in grid}) == len(grid)
     assert all(cell.recipe.data.holdout_db == 1 for cell in grid)
+    assert {cell.recipe.tasks.text2sql.data for cell in grid} == {"hf:shangrilar/ko_text2sql/origin:test"}
+    assert all(cell.recipe.tasks.text2sql.limit is None for cell in grid)  # all 112
     (command,) = named_commands(path)
     assert command[:3] == ["quantlab", "distill", f"recipes/book/{path.name}"]
     small = load_recipe(path, overrides(command))
@@ -115,9 +118,18 @@ def test_a_table_of_the_book_is_a_grid_and_runs_small_as_its_comment_says(path: 
     for cell in small_grid:
         check_sources(cell.recipe)
         assert cell.recipe.student.model == "embedded:base" and cell.recipe.train.max_steps
-        assert not cell.recipe.data.source.startswith("hf:") and cell.recipe.tasks.text2sql.data.endswith(
-            "dev.jsonl"
-        )
+        assert not cell.recipe.data.source.startswith("hf:")
+        assert cell.recipe.tasks.text2sql.data == SMALL and cell.recipe.tasks.text2sql.dialect == "sqlite"
+
+
+def test_the_small_forms_questions_are_a_file_like_the_books() -> None:
+    """The book's columns, no database, and the bundled test questions in them."""
+    path = find_source(SMALL.removeprefix("ko_text2sql:"))
+    assert path.read_text(encoding="utf-8").partition("\n")[0] == "db_id,context,question,answer"
+    found, bundled_test = load_items(SMALL), load_items("ko_text2sql:test")
+    assert all(item.database is None and item.db_id == "1" for item in found)
+    fields = [(item.context, item.question, item.answer) for item in found]
+    assert fields == [(item.context, item.question, item.answer) for item in bundled_test]
 
 
 def test_recipes_for_distillation() -> None:

@@ -37,6 +37,13 @@ def make_run(
     return run
 
 
+def test_rows_are_read_back_whatever_characters_they_hold(tmp_path: Path) -> None:
+    """U+2028, U+0085 and the like end lines for str.splitlines(), not in JSON lines."""
+    rows = [{"text": "a\u2028b\u2029c\x85d\r\ne\x0bf\x1cg"}, {"text": "다음"}]
+    assert write_jsonl(tmp_path / "x.jsonl", rows) == 2
+    assert read_jsonl(tmp_path / "x.jsonl") == rows
+
+
 def test_sample_refuses_an_unknown_verdict() -> None:
     with pytest.raises(ValueError, match="verdict 'right'"):
         Sample("1", "", "", "right")

@@ -153,3 +153,5 @@ def _show_plan(cell: dict[str, Any], same: bool) -> None:
         if cost["basis"]:
             print(f"    {cost['basis']}")
     print(f"  rows: {cell['rows']:,} in {cell['source']}; student: {cell['checkpoint']}")
+    if cell["unreadable"]:
+        print(f"  {len(cell['unreadable'])} more cannot be read; one says: {cell['unreadable'][0]}")

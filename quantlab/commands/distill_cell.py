@@ -30,7 +30,9 @@ from quantlab.models.provenance import provenance
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Progress
 from quantlab.quant.checkpoint import partial_path
+from quantlab.recipe import DistillRecipe
 from quantlab.results import Run, rebuild_leaderboard
+from quantlab.sql.dataset import load_items
 
 if TYPE_CHECKING:
     from quantlab.commands.distill import Options
@@ -86,7 +88,10 @@ def _make(plan: Plan, options: Options, progress: Progress, together: _Processes
     student = _open(plan, options)
     blocks, evaluated, settings, logits, counts = _lay_out(plan, student, rows, options, progress)
     if together.first and counts["too_long"]:
-        progress.note(f"{counts['too_long']} rows are longer than {recipe.train.max_len} tokens, left out")
+        progress.note(
+            f"{counts['too_long']} rows are left out: longer than {recipe.train.max_len} tokens, or with a prompt that "
+            "is cut in evaluation"
+        )
     size = trainable(student.model)
     with progress.task(f"training {plan.work.name}"):
         trained = train(student, blocks, evaluated, settings, partial / "training", progress, logits)
@@ -137,6 +142,10 @@ def _rows(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]:
         name = text_digest(recipe.data.source)
         return {"texts": texts, "record": {"source": recipe.data.source, "rows": len(texts), "digest": name}}
     source = plan.source or read_source(recipe)
+    if source.bad:
+        progress.note(
+            f"{len(source.bad)} rows cannot be read and are left out; one says: {source.bad[0].reason}"
+        )
     items, record = prepare(recipe, source, options.book, options.results / "data", progress)
     return {"items": items, "record": record}
 
@@ -164,18 +173,14 @@ def _lay_out(
     plan: Plan, student: Any, rows: dict[str, Any], options: Options, progress: Progress
 ) -> tuple[Any, Any, Any, Any, dict[str, int]]:
     """Blocks to train on, blocks to evaluate on, the trainer's settings, the KL loss, and what was counted."""
-    from quantlab.distill.data import encode, encode_texts, pack, split_off
+    from quantlab.distill.data import pack, split_off
     from quantlab.distill.train import Settings
 
     recipe, train = plan.recipe, plan.recipe.train
     # A packed block may be longer than the model's positions, which begin anew in it; a row may not.
     positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
     longest = min(train.max_len, positions or train.max_len)
-    if recipe.data.format == "text":
-        examples = encode_texts(rows["texts"], student.tokenizer, longest)
-        too_long: list[str] = []
-    else:
-        examples, too_long = encode(rows["items"], student.tokenizer, longest)
+    examples, counts = _encode(recipe, student, rows, longest)
     learned, kept = split_off(examples, train.eval_share, train.seed)
     logits = _logits(plan, student, examples, options, progress) if train.logits is not None else None
     named = {field.name for field in fields(Settings)} - {"packed", "report_to"}
@@ -184,14 +189,32 @@ def _lay_out(
     )
     blocks = pack(learned, train.packing, train.max_len, train.seed)
     held = pack(kept, train.packing, train.max_len, train.seed)
-    counts = {
-        "too_long": len(too_long),
+    counts |= {
         "examples": len(learned),
         "eval_examples": len(kept),
         "blocks": len(blocks),
         "block_tokens": sum(map(len, blocks)),
     }
     return blocks, held, settings, logits, counts
+
+
+def _encode(
+    recipe: DistillRecipe, student: Any, rows: dict[str, Any], longest: int
+) -> tuple[Any, dict[str, int]]:
+    """Examples of at most `longest` tokens, and how many rows are left out. Questions are asked as the evaluation
+    will ask them: with its chat template, its linker, its examples."""
+    from quantlab.distill.data import encode, encode_texts
+    from quantlab.sql.prompting import choose_shots, make_prompts, without_shown
+
+    if recipe.data.format == "text":
+        return encode_texts(rows["texts"], student.tokenizer, longest), {"too_long": 0}
+    options = recipe.tasks.text2sql
+    shots = choose_shots(options, load_items(options.data, options.limit)) if options.shots else []
+    items = without_shown(rows["items"], shots)
+    prompts = make_prompts(student, items, options, shots)
+    examples, too_long = encode(items, student.tokenizer, longest, prompts)
+    shown = len(rows["items"]) - len(items)
+    return examples, {"too_long": len(too_long), **({"shown_as_examples": shown} if shots else {})}
 
 
 def _logits(plan: Plan, student: Any, examples: Any, options: Options, progress: Progress) -> Any:

@@ -27,7 +27,7 @@ from quantlab.models.files import ModelFiles
 from quantlab.models.provenance import provenance
 from quantlab.paths import file_digest, find_source, slug
 from quantlab.recipe import DistillRecipe, QuantizeRecipe
-from quantlab.sql.dataset import digest
+from quantlab.sql.dataset import digest, on_the_hub
 
 if TYPE_CHECKING:
     from quantlab.commands.distill import Options
@@ -56,7 +56,7 @@ def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
     files = open_model(cell.recipe.student.model)
     recipe = settle(cell.recipe, files)
     label = f"{name}-{cell.label}" if cell.label else name
-    at_hand = recipe.data.format != "text" and not recipe.data.source.startswith("hf:")
+    at_hand = recipe.data.format != "text" and not on_the_hub(recipe.data.source)
     source = read_source(recipe) if at_hand else None
     decides = [_source_digest(recipe, source)]
     if recipe.train.logits is not None:
@@ -94,9 +94,13 @@ def _source_digest(recipe: DistillRecipe, source: Source | None) -> str:
     """What decides the rows: the source's content, and what is asked about it is in the recipe's digest."""
     if recipe.data.format == "text":
         return text_digest(recipe.data.source)
+    parts = [recipe.data.source] if source is None else [digest(source.items), digest(source.evaluated)]
+    options = recipe.tasks.text2sql
+    hinted = source is not None and any(item.evidence for item in source.items)
+    if hinted or options.shots or options.chat != "never" or options.linker != "none":
+        parts.append("asked as evaluated")  # students that were not, before this was so, are others
     if source is None:
-        return short_hash([recipe.data.source])
-    parts = [digest(source.items), digest(source.evaluated)]
+        return short_hash(parts)
     if recipe.teacher is not None and recipe.teacher.model.startswith("file:"):
         parts.append(file_digest(find_source(recipe.teacher.model.removeprefix("file:"))))
     return short_hash(parts)
@@ -122,7 +126,8 @@ def dry_run(name: str, cell: Cell, options: Options) -> dict[str, Any]:
     """What the cell would do and cost; no network, nothing written."""
     plan = plan_cell(name, cell, options)
     text = plan.recipe.data.format == "text"
-    items = [] if text else (plan.source or read_source(plan.recipe)).items
+    source = None if text else plan.source or read_source(plan.recipe)
+    items = source.items if source is not None else []
     costs = {} if plan.made or text else estimates(plan.recipe, items, options.book)
     rows = len(read_texts(plan.recipe.data.source)[: plan.recipe.data.limit]) if text else len(items)
     steps = [] if plan.measured else ["measure the base", "measure the student"]
@@ -136,5 +141,6 @@ def dry_run(name: str, cell: Cell, options: Options) -> dict[str, Any]:
         "checkpoint": str(plan.out),
         "source": plan.recipe.data.source,
         "rows": rows,
+        "unreadable": [row.reason for row in source.bad] if source is not None else [],
         "estimates": costs,
     }

@@ -135,9 +135,9 @@ def data_digest(recipe: Recipe, task: str) -> str:
     """16 hexadecimal characters for the data of a task, "" for a task without. DataError for data that is bad."""
     options: Any = recipe.tasks.of(task)
     if task == "text2sql":
-        from quantlab.sql.dataset import digest, load_items
+        from quantlab.sql.dataset import digest, load_items, on_the_hub
 
-        if options.data.startswith("hf:"):
+        if on_the_hub(options.data):
             return short_hash([options.data])
         return digest(load_items(options.data, options.limit))
     if task in WINDOWED:

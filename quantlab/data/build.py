@@ -2,17 +2,19 @@
 is there.
 
 In this order, since each excludes what came before: the databases of all domains; `test.jsonl`,
-from the handwritten questions; `dev.jsonl`; `train.jsonl`, without anything of test and
-development; `heldout.txt`, documents of the corpus that no training stream holds; the two
-calibration files; and the sizes in the data card. Everything comes from fixed seeds, so that a
-second build gives the same bytes; databases are compared by content, because SQLite writes its own
-version into each file.
+from the handwritten questions, and `test_book_columns.csv`, the same in the columns of the book's
+data; `dev.jsonl`; `train.jsonl`, without anything of test and development; `heldout.txt`, documents
+of the corpus that no training stream holds; the two calibration files; and the sizes in the data
+card. Everything comes from fixed seeds, so that a second build gives the same bytes; databases are
+compared by content, because SQLite writes its own version into each file.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import io
 import itertools
 import json
 import random
@@ -39,12 +41,22 @@ HELD_OUT_BYTES = 300_000
 CALIBRATION_ROWS = 400
 CALIBRATION_PAIR_ROWS = 260  # of these, made from training pairs; the rest are other documents
 PROSE_BYTES = 230_000
+BOOK_COLUMNS = ("db_id", "context", "question", "answer")
 
 Row = dict[str, Any]
 
 
 def as_jsonl(rows: Iterable[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def in_book_columns(rows: Iterable[Row]) -> str:
+    """The rows as CSV with the columns that the book's data have, and no more: there is no database to run on."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(BOOK_COLUMNS)
+    writer.writerows([row[column] for column in BOOK_COLUMNS] for row in rows)
+    return stream.getvalue()
 
 
 def held_out_text(target: int = HELD_OUT_BYTES) -> str:
@@ -131,6 +143,7 @@ def build(data: Path, calib: Path) -> list[Path]:
     texts = {
         data / "ko_text2sql" / "README.md": data_card(card, {"test": test, "dev": dev, "train": train}),
         data / "ko_text2sql" / "test.jsonl": as_jsonl(test),
+        data / "ko_text2sql" / "test_book_columns.csv": in_book_columns(test),
         data / "ko_text2sql" / "dev.jsonl": as_jsonl(dev),
         data / "ko_text2sql" / "train.jsonl": as_jsonl(train),
         data / "heldout.txt": held_out,

@@ -28,7 +28,7 @@ import torch
 
 from quantlab.errors import DataError
 from quantlab.sql.dataset import Item
-from quantlab.sql.prompt import build_prompt, complete_statement
+from quantlab.sql.prompt import Prompt, build_prompts, complete_statement, prompt_encoder
 
 IGNORED = -100  # label of a token that is not learned
 
@@ -66,27 +66,30 @@ class Block:
         return len(self.tokens)
 
 
-def encode(items: Sequence[Item], tokenizer: Any, max_len: int) -> tuple[list[Example], list[str]]:
-    """Examples of Text2SQL rows, and the ids of rows longer than ``max_len`` tokens, which are left out.
+def encode(
+    items: Sequence[Item], tokenizer: Any, max_len: int, prompts: Sequence[Prompt] | None = None
+) -> tuple[list[Example], list[str]]:
+    """Examples of Text2SQL rows, and the ids of rows that are left out: longer than ``max_len`` tokens, or with a
+    prompt that would be cut when the model is asked.
 
-    Prompt and answer are tokenized apart, as at inference, where the prompt stands alone.
+    ``prompts`` are those that the model will be evaluated with, by default the plain ones. Prompt and answer are
+    tokenized apart, as at inference, where the prompt stands alone.
     """
+    if not items:
+        return [], []
     end = end_token(tokenizer)
-    prompts = tokenizer([build_prompt(item.context, item.question) for item in items])["input_ids"]
+    prompts = build_prompts(items) if prompts is None else prompts
+    asked = prompt_encoder(tokenizer)([prompt.text for prompt in prompts])
     answers = tokenizer(
         [complete_statement(item.answer) for item in items], add_special_tokens=False
     )["input_ids"]  # fmt: skip
     examples, too_long = [], []
-    for item, prompt, answer in zip(items, prompts, answers, strict=True):
-        if (
-            prompt and prompt[-1] == end
-        ):  # tokenizers that end every text: generation could not go on from there
-            prompt = prompt[:-1]
-        tokens = (*prompt, *answer, end)
-        if len(tokens) > max_len:
+    for item, prompt, before, answer in zip(items, prompts, asked, answers, strict=True):
+        tokens = (*before, *answer, end)
+        if len(tokens) > max_len or not prompt.whole:
             too_long.append(item.id)
         else:
-            examples.append(Example(item.id, tokens, len(answer) + 1, item.context))
+            examples.append(Example(item.id, tokens, len(answer) + 1, prompt.beginning))
     return examples, too_long
 
 

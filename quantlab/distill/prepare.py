@@ -23,6 +23,7 @@ from quantlab.recipe import DistillRecipe
 from quantlab.recipe_distill import Judge, Teacher
 from quantlab.results import read_jsonl, write_jsonl
 from quantlab.sql.dataset import BadRow, Item, digest, id_notes, load_items, parse_row
+from quantlab.sql.prompt import row_fields
 from quantlab.teacher.client import Gathered, gather
 from quantlab.teacher.estimate import Counter, Estimate, estimate
 from quantlab.teacher.filters import Rejected, clean, summary_table, write_rejected
@@ -90,6 +91,8 @@ def prepared_digest(recipe: DistillRecipe, source: Source) -> str:
         "items": digest(source.items),
         "evaluated": digest(source.evaluated),
     }
+    if any(item.evidence for item in source.items):
+        parts["kept"] = "evidence"  # rows that were prepared when it was not kept are prepared anew
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -213,13 +216,11 @@ def _unread(bad: Sequence[BadRow]) -> list[Rejected]:
 
 
 def _row(item: Item) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "db_id": item.db_id,
-        "context": item.context,
-        "question": item.question,
-        "answer": item.answer,
-    } | {key: item.extra[key] for key in ("level", "kind") if key in item.extra}
+    """What of a row is learned, or counted: everything that a prompt shows."""
+    shown: dict[str, Any] = {"id": item.id, "db_id": item.db_id, **row_fields(item), "answer": item.answer}
+    named = {key: item.extra[key] for key in ("level", "kind") if key in item.extra}
+    filled = {**shown, "dialect": item.dialect} | named
+    return {key: value for key, value in filled.items() if value or key not in ("evidence", "dialect")}
 
 
 def _spending(gathered: Gathered) -> dict[str, Any]:
@@ -255,8 +256,7 @@ def teacher_requests(
     return [
         answer_request(
             prompt,
-            item.context,
-            item.question,
+            **row_fields(item),
             max_tokens=teacher.max_tokens,
             temperature=teacher.temperature,
             label=item.id,

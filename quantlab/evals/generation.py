@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from quantlab.evals.kv_cache import Caches
 from quantlab.progress import Advance
 from quantlab.sql.extract import rest_is_nothing, statement_end
+from quantlab.sql.prompt import prompt_encoder
 
 LOOK_EVERY = 8  # tokens between two looks at a row that has shown no sign of a statement's end
 REST_CHARACTERS = 32  # blanks and closing fences after a statement that are waited through
@@ -53,7 +54,7 @@ def generate(
     """Answers in the order of `prompts`, the longest prompts run first. `caches` makes those of the batches, where the
     model's own will not do."""
     caches = caches or Caches(model, None)
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded = prompt_encoder(tokenizer)(prompts)
     order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
     results: dict[int, Generation] = {}
     for start in range(0, len(order), batch_size):

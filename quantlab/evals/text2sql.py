@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from quantlab.evals.prompting import make_prompts
 from quantlab.evals.published import beside, compare_rule
 from quantlab.evals.statistics import wilson
 from quantlab.progress import Progress
@@ -31,6 +30,7 @@ from quantlab.sql.execution import Verdict
 from quantlab.sql.extract import extract, rest_is_nothing
 from quantlab.sql.grounds import Setting, find_ground, judge_on
 from quantlab.sql.normalize import exact_match
+from quantlab.sql.prompting import choose_shots, make_prompts
 from quantlab.sql.sandbox import Sandbox
 from quantlab.sql.transpile import CLOCK
 
@@ -49,7 +49,7 @@ def evaluate(
     notes = id_notes(items, options.data)
     for note in notes:
         progress.note(note)
-    prompts = make_prompts(subject, items, options)
+    prompts = make_prompts(subject, items, options, choose_shots(options, items))
     from quantlab.evals.generation import generate
     from quantlab.evals.kv_cache import Caches
 

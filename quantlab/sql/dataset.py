@@ -2,13 +2,15 @@
 
 The columns are those of the book's `shangrilar/ko_text2sql`. `database` names a SQLite file (relative to
 the JSONL file) that gold and prediction run on, `alternatives` are other accepted queries, `dialect` is what
-the golds are written in (sqlite, mysql, postgres, …; unknown when left out), `id` defaults to the row's number.
-Of several rows with one id the first keeps it, the next are called `<id>#2`, `<id>#3`; `id_notes` says so.
+the golds are written in (sqlite, mysql, postgres, …; unknown when left out), `evidence` is what one must know to
+understand the question (BIRD's external knowledge; every prompt shows it), `id` defaults to the row's number. Of
+several rows with one id the first keeps it, the next are called `<id>#2`, `<id>#3`; `id_notes` says so.
 The bundled training rows leave `context` out; it is filled from their domain's DDL.
 
 Sources: `ko_text2sql:test|dev|train` (bundled), a path or bundled name as in `quantlab.paths.find_source`,
 `hf:owner/name[/config]:split` through the datasets library, or a published benchmark on disk, as in
-`quantlab.sql.adapters` (`spider:/data/spider:dev`). Every complaint names the file and the line or row.
+`quantlab.sql.adapters` (`spider:/data/spider:dev`). The book's data on the hub are read by their adapter, with or
+without its name in front. Every complaint names the file and the line or row.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from quantlab.textfile import json_lines
 
 _REQUIRED = ("db_id", "question", "answer")
 _KNOWN = frozenset({*_REQUIRED, "id", "context", "database", "alternatives", "dialect"})
+KO_TEXT2SQL = "ko_text2sql"  # the bundled rows, and the adapter of those that they are modelled on:
+BOOK = "shangrilar/ko_text2sql"  # on the hub
 _ALIASES = {"postgresql": "postgres", "mariadb": "mysql", "sqlite3": "sqlite"}
 
 Raw = TypeVar("Raw")
@@ -52,6 +56,12 @@ class Item:
     @property
     def golds(self) -> tuple[str, ...]:
         return (self.answer, *self.alternatives)
+
+    @property
+    def evidence(self) -> str:
+        """What one must know to understand the question, without surrounding blanks; "" where there is nothing."""
+        found = self.extra.get("evidence")
+        return found.strip() if isinstance(found, str) else ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ def digest(items: Iterable[Item]) -> str:
         fields = [item.id, item.context, item.question, *item.golds, _database_digest(item.database)]
         # What most data do not have is named only where it is: their digests stay as they were.
         fields += [item.dialect] if item.dialect else []
-        fields += [f"evidence {item.extra['evidence']}"] if item.extra.get("evidence") else []
+        fields += [f"evidence {item.evidence}"] if item.evidence else []
         state.update(json.dumps(fields, ensure_ascii=True).encode() + b"\n")
     return state.hexdigest()[:16]
 
@@ -170,6 +180,7 @@ def parse_row(row: Any, where: str, folder: Path | None = None) -> Item:
     alternatives = row.get("alternatives") or ()
     if not isinstance(alternatives, list | tuple) or not all(isinstance(sql, str) for sql in alternatives):
         raise DataError(f"{where}: 'alternatives' must be a list of queries")
+    check_evidence(row.get("evidence"), where)
     dialect = row.get("dialect") or ""
     if not isinstance(dialect, str):
         raise DataError(f"{where}: 'dialect' must be a name such as sqlite, mysql or postgres")
@@ -192,10 +203,17 @@ def _id_of(row: Any, where: str) -> str:
     return str(named) if named is not None else where.rpartition(":")[2]
 
 
+def on_the_hub(source: str) -> bool:
+    """Whether a source is fetched from the hub, which planning must not do."""
+    return source.removeprefix(f"{KO_TEXT2SQL}:").startswith("hf:")
+
+
 def _benchmark(source: str) -> tuple[str, str]:
     """The published benchmark that a source names and what follows, or ("", ""): what is bundled is no benchmark."""
+    if source.startswith("hf:"):
+        return (KO_TEXT2SQL, source) if parse_hub(source)[0] == BOOK else ("", "")
     name, colon, rest = source.partition(":")
-    if not colon or source.startswith("hf:") or (DATA / _bundled_name(source)).is_file():
+    if not colon or (DATA / _bundled_name(source)).is_file():
         return "", ""
     if name in adapters.ADAPTERS:
         return name, rest
@@ -208,7 +226,18 @@ def _benchmark(source: str) -> tuple[str, str]:
 def _bundled_name(source: str) -> str:
     """`ko_text2sql:test` is short for the bundled `ko_text2sql/test.jsonl`."""
     name, colon, split = source.partition(":")
-    return f"{name}/{split}.jsonl" if name == "ko_text2sql" and colon else source
+    return f"{name}/{split}.jsonl" if name == KO_TEXT2SQL and colon else source
+
+
+def check_evidence(found: Any, where: str) -> None:
+    """It is text, blank text, null, or not there."""
+    if found is None or isinstance(found, str):
+        return
+    kinds = {list: "a list", dict: "an object", bool: "true or false"}
+    raise DataError(
+        f"{where}: 'evidence' must be text, found {kinds.get(type(found), 'a number')}",
+        hint="it is shown to models beside the question; leave it out where there is none",
+    )
 
 
 def _context(row: Mapping[str, Any], where: str) -> str:

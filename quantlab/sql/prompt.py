@@ -1,6 +1,7 @@
 """The Text2SQL prompt: an instruction in Korean, the tables, the question, and the place where SQL goes.
 
-The one place where it is written, so that training and inference see the same characters:
+The one place where it is written, so that training and inference see the same characters (`build_prompts`) and the
+same tokens (`prompt_encoder`):
 
     {instruction}
 
@@ -13,7 +14,8 @@ The one place where it is written, so that training and inference see the same c
     ### SQL:
     {answer}{end of sequence}
 
-A row's `evidence` (BIRD's external knowledge) follows the question on a line of its own. Few-shot examples stand
+A row's `evidence` (BIRD's external knowledge) follows the question on a line of its own. What of a row is shown is
+decided by `row_fields`, for the student's prompt as for the teacher's and the judge's. Few-shot examples stand
 before all this, each written like the prompt itself, closed by its statement and a blank line. With a chat
 template the whole is one user message: the wording does not depend on how a template treats system messages.
 
@@ -25,8 +27,8 @@ model's own tokenizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypedDict
 
 from quantlab.errors import DataError, RecipeError
 from quantlab.sql.dataset import Item
@@ -42,6 +44,28 @@ HEADINGS = ("### DDL:", "### Question:", "### SQL:")
 Chat = Literal["auto", "always", "never"]
 
 
+class RowFields(TypedDict):
+    """What of a row a prompt shows."""
+
+    context: str
+    question: str
+    evidence: str
+
+
+def row_fields(item: Item, context: str | None = None) -> RowFields:
+    """What of a row is shown to whoever answers or judges it; `context` in place of the whole DDL."""
+    return {
+        "context": item.context if context is None else context,
+        "question": item.question,
+        "evidence": item.evidence,
+    }
+
+
+def item_prompt(item: Item, context: str | None = None) -> str:
+    """The row's own prompt, without examples and chat template."""
+    return build_prompt(**row_fields(item, context))
+
+
 def build_prompt(context: str, question: str, evidence: str = "") -> str:
     """Everything that stands before the answer, ending in a newline: the answer's first token follows directly."""
     ddl, asked, sql = HEADINGS
@@ -49,33 +73,22 @@ def build_prompt(context: str, question: str, evidence: str = "") -> str:
     return f"{INSTRUCTION}\n\n{ddl}\n{context.strip()}\n\n{asked}\n{question.strip()}{hint}\n\n{sql}\n"
 
 
-def training_text(context: str, question: str, answer: str, eos: str) -> str:
-    """The prompt, the answer as one complete statement, and the end-of-sequence token that teaches to stop."""
-    return build_prompt(context, question) + complete_statement(answer) + eos
-
-
 def complete_statement(sql: str) -> str:
     """The statement without surrounding blanks, ended by exactly one semicolon."""
     return sql.strip().rstrip("; \t\r\n") + ";"
 
 
-def evidence_of(item: Item) -> str:
-    """The row's `evidence` where it is text."""
-    found = item.extra.get("evidence")
-    return found if isinstance(found, str) else ""
-
-
 def shot_text(item: Item) -> str:
     """An example: the row's own prompt, its statement, a blank line."""
-    asked = build_prompt(item.context, item.question, evidence_of(item))
-    return f"{asked}{complete_statement(item.answer)}\n\n"
+    return f"{item_prompt(item)}{complete_statement(item.answer)}\n\n"
 
 
 @dataclass(frozen=True)
 class Prompt:
     """`text` goes to the model. `tables`: those that the linker left in, None where it left in all of them.
 
-    `shots` are the ids of the examples that fitted; `cut` says in words what did not, "" where all did.
+    `shots` are the ids of the examples that fitted; `cut` says in words what did not, "" where all did. `whole`: of the
+    row's own prompt nothing was cut. `context` is the DDL as it is shown.
     """
 
     text: str
@@ -83,6 +96,13 @@ class Prompt:
     shots: tuple[str, ...] = ()
     chat: bool = False
     cut: str = ""
+    whole: bool = True
+    context: str = ""
+
+    @property
+    def beginning(self) -> str:
+        """Prompts of which it is the same begin alike: the same examples, the same DDL."""
+        return "\n".join((*self.shots, self.context))
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -113,41 +133,52 @@ def build_prompts(
     templated = wants_chat(tokenizer, chat)
     render = chat_renderer(tokenizer) if templated else str
     examples = [shot_text(shot) for shot in shots]
+    encode = prompt_encoder(tokenizer) if room is not None else None
 
-    def fits(text: str) -> bool:
-        return room is None or len(tokenizer(render(text))["input_ids"]) <= room
+    def fits(texts: Sequence[str]) -> list[bool]:
+        if encode is None or room is None:
+            return [True] * len(texts)
+        return [len(ids) <= room for ids in encode([render(text) for text in texts])]
 
-    prompts = []
-    for item in items:
-        linked = link(item.context, item.question + " " + evidence_of(item)) if linker == "lexical" else None
-        context = linked.context if linked is not None else item.context
-        text, used, cut = _fit(item, context, examples, fits)
-        tables = linked.kept if linked is not None and linked.removed else None
-        ids = tuple(shot.id for shot in shots[:used])
-        prompts.append(Prompt(render(text), tables, ids, templated, cut))
-    return prompts
+    linked = [_link(item) if linker == "lexical" else Prompt("", context=item.context) for item in items]
+    texts = ["".join(examples) + item_prompt(item, prompt.context) for item, prompt in zip(items, linked)]
+    ids = tuple(shot.id for shot in shots)
+    prompts = [
+        replace(prompt, text=text, shots=ids)
+        if whole
+        else _fit(item, prompt, ids, examples, lambda text: fits([text])[0])
+        for item, prompt, text, whole in zip(items, linked, texts, fits(texts))
+    ]
+    return [replace(prompt, text=render(prompt.text), chat=templated) for prompt in prompts]
+
+
+def _link(item: Item) -> Prompt:
+    """A prompt without a text yet: the tables that the question and its evidence seem to need."""
+    linked = link(item.context, f"{item.question} {item.evidence}")
+    return Prompt("", tables=linked.kept if linked.removed else None, context=linked.context)
 
 
 def _fit(
-    item: Item, context: str, examples: Sequence[str], fits: Callable[[str], bool]
-) -> tuple[str, int, str]:
-    """(text, examples in it, what was cut)."""
+    item: Item, prompt: Prompt, shots: Sequence[str], examples: Sequence[str], fits: Callable[[str], bool]
+) -> Prompt:
+    """The prompt of a row for which there is no room with all examples, cut until it fits."""
 
-    def text(examples_used: int, ddl: str) -> str:
-        return "".join(examples[:examples_used]) + build_prompt(ddl, item.question, evidence_of(item))
+    def text(used: int, ddl: str) -> str:
+        return "".join(examples[:used]) + item_prompt(item, ddl)
 
-    used = next((n for n in range(len(examples), -1, -1) if fits(text(n, context))), None)
-    if used is not None:
-        left_out = len(examples) - used
-        return text(used, context), used, f"{left_out} of {len(examples)} examples" if left_out else ""
-    lines = context.strip().splitlines()
+    for used in range(len(examples) - 1, -1, -1):
+        if fits(text(used, prompt.context)):
+            cut = f"{len(examples) - used} of {len(examples)} examples"
+            return replace(prompt, text=text(used, prompt.context), shots=tuple(shots[:used]), cut=cut)
+    lines = prompt.context.strip().splitlines()
     kept = _most(len(lines) - 1, lambda n: fits(text(0, "\n".join(lines[:n]))))
     if kept is not None:
-        words = f"the last {len(lines) - kept} of {len(lines)} lines of DDL"
-        return text(0, "\n".join(lines[:kept])), 0, words
+        ddl, cut = "\n".join(lines[:kept]), f"the last {len(lines) - kept} of {len(lines)} lines of DDL"
+        return replace(prompt, text=text(0, ddl), context=ddl, cut=cut, whole=False)
     bare = text(0, "")
     kept = _most(len(bare), lambda n: fits(bare[len(bare) - n :])) or 0
-    return bare[len(bare) - kept :], 0, f"all DDL and the first {len(bare) - kept} characters of the rest"
+    cut = f"all DDL and the first {len(bare) - kept} characters of the rest"
+    return replace(prompt, text=bare[len(bare) - kept :], context="", cut=cut, whole=False)
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int | None:
@@ -201,3 +232,23 @@ def chat_renderer(tokenizer: Any) -> Callable[[str], str]:
         return str(rendered).removeprefix(start) if twice else str(rendered)
 
     return render
+
+
+def prompt_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
+    """A function from prompts to the tokens that the answer follows, in training and at inference.
+
+    Tokenizers add their special tokens; an end-of-sequence token that one adds behind every text is taken off, as no
+    answer could go on from there.
+    """
+    end = tokenizer.eos_token_id
+    ended = (
+        end is not None
+        and tokenizer("x")["input_ids"][-1:] == [end]
+        and tokenizer("x", add_special_tokens=False)["input_ids"][-1:] != [end]
+    )
+
+    def encode(prompts: Sequence[str]) -> list[list[int]]:
+        rows = [list(row) for row in tokenizer(list(prompts))["input_ids"]] if prompts else []
+        return [row[:-1] for row in rows] if ended else rows
+
+    return encode

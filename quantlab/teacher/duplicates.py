@@ -14,6 +14,9 @@ So what the query says counts absolutely:
 
 A question that equals an evaluated one, on whatever database, or a query that equals one on the same database, is
 too close whatever the similarity is.
+
+Evidence is part of what is asked: rows that differ in it are no duplicates of each other. To an evaluated row one may
+be too close whatever its evidence says.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ class Profile:
     tokens: tuple[str, ...]  # of the query, sorted
     values: tuple[str, ...]  # numbers and strings of the query, sorted
     features: frozenset[str]
+    evidence: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def profile(item: Item, sql: str | None = None) -> Profile:
         tokens=tuple(sorted(tokens)),
         values=tuple(sorted(filter(None, map(_value, tokens)))),
         features=frozenset({f"q{gram}" for gram in grams} | {f"s{token}" for token in counted}),
+        evidence=evidence_key(item.evidence),
     )
 
 
@@ -85,6 +90,11 @@ def question_key(question: str) -> str:
     text = unicodedata.normalize("NFKC", question).casefold()
     text = _SIGN.sub("m", _DECIMAL.sub("p", text))
     return _REST.sub("", text) or text.strip()
+
+
+def evidence_key(evidence: str) -> str:
+    """The evidence with its blanks made one; case and signs stay, as values and formulas are written in them."""
+    return " ".join(unicodedata.normalize("NFKC", evidence).split())
 
 
 def query_key(sql: str) -> str:
@@ -106,11 +116,11 @@ def similarity(one: Profile, other: Profile) -> float:
 
 
 def exact_duplicates(profiles: Sequence[Profile]) -> dict[int, int]:
-    """Index of a repeated row → index of the first one: same database, question and normalised query."""
+    """Index of a repeated row → index of the first one: same database, question, evidence and normalised query."""
     first: dict[tuple[Any, ...], int] = {}
     found: dict[int, int] = {}
     for index, row in enumerate(profiles):
-        original = first.setdefault((row.place, row.question, row.sql), index)
+        original = first.setdefault((row.place, row.question, row.evidence, row.sql), index)
         if original != index:
             found[index] = original
     return found
@@ -126,8 +136,8 @@ def near_duplicates(
     index = _Index(threshold)
     found: list[Near] = []
     for number, row in enumerate(profiles):
-        # The same tokens are required anyway, so only rows that have them are hashed into one index.
-        group = repr((row.place, row.tokens))
+        # The same tokens and evidence are required anyway, so only rows that have them are hashed into one index.
+        group = repr((row.place, row.evidence, row.tokens))
         best = _best(profiles, row, index.candidates(row, group), threshold)
         if best is None:
             index.add(number, row, group)

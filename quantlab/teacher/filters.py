@@ -3,7 +3,7 @@
     parses          sqlglot reads the answer as SQLite
     select          it is exactly one SELECT (WITH … SELECT and set operations count)
     binds           every table and column exists in the DDL
-    duplicate       the same question and query on the same database came before
+    duplicate       the same question (and evidence) and query on the same database came before
     executes        it runs: in the row's database, else on empty tables made from the DDL
     returns         on the row's database it returns at least one value that is not NULL
     leakage         too close to an evaluated item; always applied
@@ -121,6 +121,7 @@ def write_rejected(path: Path, rejected: Sequence[Rejected]) -> int:
                     "id": row.item.id,
                     "db_id": row.item.db_id,
                     "question": row.item.question,
+                    **({"evidence": row.item.evidence} if row.item.evidence else {}),
                     "answer": row.item.answer,
                     **{key: row.item.extra[key] for key in ("level", "kind") if key in row.item.extra},
                 }

@@ -72,12 +72,14 @@ CREATE TABLE batches (
 @dataclass(frozen=True)
 class Request:
     """One question to a model. `parameters` go into the request's body as they are (max_tokens, temperature,
-    response_format, …). `label` is for people, `question` finds recorded answers; neither is part of the key."""
+    response_format, …). `label` is for people, `question` and `evidence` find recorded answers; none of them is part of
+    the key, which has them as the messages show them."""
 
     messages: tuple[Mapping[str, str], ...]
     parameters: Mapping[str, Any]
     label: str
     question: str | None = None
+    evidence: str = ""
 
     @property
     def max_tokens(self) -> int | None:

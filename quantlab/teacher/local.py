@@ -7,8 +7,9 @@ from there). A file holds recorded answers, one JSON object a line, in either of
     {"key": "<hash of the messages>", "text": "..."}          what `Ledger.export` writes
     {"question": "...", "answer": "SELECT ...", "context": "..."}   Text2SQL rows; context may be left out
 
-The first is found by the messages alone, whatever model was asked; the second by `Request.question`, and by the context
-being part of the messages where several rows have one question. Both kinds of teacher write to the same ledger,
+The first is found by the messages alone, whatever model was asked; the second by `Request.question` and its evidence (a
+row without evidence answers whatever the evidence is, where no row has the same), and by the context being part of the
+messages where several rows are left. Both kinds of teacher write to the same ledger,
 at no cost. The key holds a digest of the file or of the weights: a changed file answers anew.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 from quantlab.errors import DataError
 from quantlab.paths import file_digest, find_source
 from quantlab.recipe_distill import Endpoint
-from quantlab.sql.dataset import parse_row
+from quantlab.sql.dataset import check_evidence, parse_row
 from quantlab.teacher.ledger import Answer, Ledger, Request, content_key
 from quantlab.textfile import json_lines
 
@@ -34,21 +35,32 @@ Done = Callable[[str, Answer, str | None], None]  # key, answer, why it is unusa
 
 
 @dataclass(frozen=True)
+class RecordedRow:
+    """A Text2SQL row: `context` is None where it was left out, `evidence` plain, "" where there is none."""
+
+    context: str | None
+    evidence: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Recorded:
     """The answers of one file."""
 
     by_content: dict[str, str]
-    by_question: dict[str, list[tuple[str | None, str]]]  # question → (context, answer)
+    by_question: dict[str, list[RecordedRow]]
 
     def find(self, request: Request) -> str | None:
         found = self.by_content.get(content_key(request))
         if found is not None or request.question is None:
             return found
         rows = self.by_question.get(_plain(request.question), [])
+        evidence = _plain(request.evidence)
+        rows = [row for row in rows if row.evidence == evidence] or [row for row in rows if not row.evidence]
         if len(rows) > 1:
             said = _plain(" ".join(str(message.get("content", "")) for message in request.messages))
-            rows = [row for row in rows if row[0] is not None and _plain(row[0]) in said] or rows
-        return rows[0][1] if rows else None
+            rows = [row for row in rows if row.context is not None and _plain(row.context) in said] or rows
+        return rows[0].answer if rows else None
 
 
 def identity(endpoint: Endpoint) -> str:
@@ -97,7 +109,7 @@ def answer_from_file(
 def load_recorded(path: Path) -> Recorded:
     """Raises: DataError, naming file and line, for a line of neither form."""
     by_content: dict[str, str] = {}
-    by_question: dict[str, list[tuple[str | None, str]]] = {}
+    by_question: dict[str, list[RecordedRow]] = {}
     for number, row in json_lines(path):
         _read_line(row, f"{path}:{number}", by_content, by_question)
     if not by_content and not by_question:
@@ -106,7 +118,7 @@ def load_recorded(path: Path) -> Recorded:
 
 
 def _read_line(
-    row: Any, where: str, by_content: dict[str, str], by_question: dict[str, list[tuple[str | None, str]]]
+    row: Any, where: str, by_content: dict[str, str], by_question: dict[str, list[RecordedRow]]
 ) -> None:
     if isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("text"), str):
         by_content.setdefault(row["key"], row["text"])
@@ -116,7 +128,9 @@ def _read_line(
         context = row.get("context")
         if context is None and "db" in row and "tables" in row:  # the bundled rows name their domain instead
             context = parse_row(row, where).context
-        entry = (context if isinstance(context, str) else None, row["answer"])
+        check_evidence(row.get("evidence"), where)
+        context = context if isinstance(context, str) else None
+        entry = RecordedRow(context, _plain(row.get("evidence") or ""), row["answer"])
         by_question.setdefault(_plain(row["question"]), []).append(entry)
     else:
         raise DataError(

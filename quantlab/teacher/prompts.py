@@ -8,7 +8,9 @@ Three tasks, each in Korean and English, in `templates/<task>.<language>.yaml`:
 
 A template names its data with `{context}`, `{question}`, …; only those names are replaced, in one pass, so braces
 in DDL stay what they are and inserted text is never read as a template. Data stands between tags such as
-`<ddl>…</ddl>`, which the system prompt declares to be data; a closing tag inside the data is defused.
+`<ddl>…</ddl>`, which the system prompt declares to be data; a closing tag inside the data is defused. What a row may
+lack (`OPTIONAL`) has a block of its own in the user prompt and may have a note in the system prompt (`notes`): without
+it the messages are, to the byte, those of a template that does not know it.
 `Prompt.record` goes into results: version and digest say which wording produced an answer.
 """
 
@@ -36,16 +38,19 @@ Language = Literal["ko", "en"]
 TEMPLATES = PACKAGE / "teacher" / "templates"
 # What each task's user template must name, and what it may leave empty.
 FIELDS: Mapping[str, tuple[str, ...]] = {
-    "answer": ("context", "question"),
+    "answer": ("context", "question", "evidence"),
     "write": ("context", "examples", "count", "level", "topic", "variation"),
-    "judge": ("context", "question", "sql", "reference"),
+    "judge": ("context", "question", "evidence", "sql", "reference"),
 }
-OPTIONAL = ("examples", "reference")
+OPTIONAL = ("evidence", "examples", "reference")
 LEVELS = ("easy", "medium", "hard")
 MAX_ANSWER = 200_000  # characters of a reply that are looked at
 
 _PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 _CLOSING_TAG = re.compile(r"<(?=/(?:ddl|question|sql|reference|examples)\b)", re.IGNORECASE)
+_CLOSING_EVIDENCE = re.compile(
+    r"<(?=/evidence\b)", re.IGNORECASE
+)  # a tag where there is evidence, else only text
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Prompt:
     user: str
     schema: Mapping[str, Any] | None = None
     blocks: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     levels: Mapping[str, str] = field(default_factory=dict)
     topics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     digest: str = ""
@@ -101,6 +107,11 @@ def parse_prompt(text: str, task: str, language: str, name: str) -> Prompt:
     if named != set(FIELDS[task]):
         wrong = ", ".join(sorted(named ^ set(FIELDS[task])))
         raise DataError(f"{name}: missing or unknown placeholders in user: {wrong}")
+    notes = dict(content.get("notes") or {})
+    named = set(_PLACEHOLDER.findall(content["system"]))
+    if named != set(notes) or not named <= set(FIELDS[task]) & set(OPTIONAL):
+        wrong = ", ".join(sorted(named ^ set(notes) or named))
+        raise DataError(f"{name}: placeholders in system and notes must be the same, and optional: {wrong}")
     levels, topics = dict(content.get("levels") or {}), dict(content.get("topics") or {})
     if task == "write" and not all(levels.get(level) and topics.get(level) for level in LEVELS):
         raise DataError(f"{name}: levels and topics must be given for {', '.join(LEVELS)}")
@@ -114,6 +125,7 @@ def parse_prompt(text: str, task: str, language: str, name: str) -> Prompt:
         user=content["user"].strip(),
         schema=content.get("schema"),
         blocks=blocks,
+        notes=notes,
         levels=levels,
         topics={level: tuple(lines) for level, lines in topics.items()},
         digest=hashlib.sha256(text.encode("utf-8")).hexdigest()[:16],
@@ -121,17 +133,27 @@ def parse_prompt(text: str, task: str, language: str, name: str) -> Prompt:
 
 
 def fill(prompt: Prompt, values: Mapping[str, str]) -> tuple[Mapping[str, str], ...]:
-    """The two messages of a request. An optional field that is empty takes its whole block away."""
+    """The two messages of a request. An optional field that is empty takes its block and its note away."""
+    tagged = bool(values.get("evidence"))
+    shown = {name: _as_data(value, tagged) for name, value in values.items()}
 
     def text(name: str) -> str:
-        value = _as_data(values[name])
+        value = shown[name]
         if name not in OPTIONAL:
             return value
         block = prompt.blocks.get(name, f"{{{name}}}")
         return block.replace(f"{{{name}}}", value).rstrip() + "\n" if value else ""
 
-    user = _PLACEHOLDER.sub(lambda match: text(match[1]) if match[1] in values else match[0], prompt.user)
-    return {"role": "system", "content": prompt.system}, {"role": "user", "content": user}
+    user = _PLACEHOLDER.sub(lambda match: text(match[1]) if match[1] in shown else match[0], prompt.user)
+    return {"role": "system", "content": _system(prompt, shown)}, {"role": "user", "content": user}
+
+
+def _system(prompt: Prompt, shown: Mapping[str, str]) -> str:
+    """The system prompt with the notes on those optional fields that are there; others take their line along."""
+    text = prompt.system
+    for name, note in prompt.notes.items():
+        text = text.replace(f"{{{name}}}\n", f"{note.strip()}\n" if shown.get(name) else "")
+    return text
 
 
 def answer_request(
@@ -139,13 +161,15 @@ def answer_request(
     context: str,
     question: str,
     *,
+    evidence: str = "",
     max_tokens: int = 512,
     temperature: float = 0.0,
     label: str = "",
 ) -> Request:
-    """Ask for the SQL that answers `question` on the tables of `context` (DDL)."""
-    messages = fill(prompt, {"context": context, "question": question})
-    return Request(messages, _parameters(prompt, max_tokens, temperature), label, question)
+    """Ask for the SQL that answers `question` on the tables of `context` (DDL); `evidence` is what one must know."""
+    values = {"context": context, "question": question, "evidence": evidence.strip()}
+    parameters = _parameters(prompt, max_tokens, temperature)
+    return Request(fill(prompt, values), parameters, label, question, evidence.strip())
 
 
 def judge_request(
@@ -154,6 +178,7 @@ def judge_request(
     question: str,
     sql: str,
     *,
+    evidence: str = "",
     reference: str | None = None,
     max_tokens: int = 256,
     temperature: float = 0.0,
@@ -161,9 +186,15 @@ def judge_request(
     label: str = "",
 ) -> Request:
     """Ask whether `sql` answers `question`; `reference` is a query known to be right, where there is one."""
-    values = {"context": context, "question": question, "sql": sql, "reference": reference or ""}
+    values = {
+        "context": context,
+        "question": question,
+        "evidence": evidence.strip(),
+        "sql": sql,
+        "reference": reference or "",
+    }
     parameters = _parameters(prompt, max_tokens, temperature, structured)
-    return Request(fill(prompt, values), parameters, label, question)
+    return Request(fill(prompt, values), parameters, label, question, evidence.strip())
 
 
 def write_request(
@@ -212,7 +243,9 @@ def _parameters(
     return parameters
 
 
-def _as_data(text: str) -> str:
+def _as_data(text: str, beside_evidence: bool) -> str:
     """Stripped, encodable, and unable to end the tag it stands in."""
     clean = text.encode("utf-8", "replace").decode("utf-8").replace("\x00", " ")
+    if beside_evidence:
+        clean = _CLOSING_EVIDENCE.sub("< ", clean)
     return _CLOSING_TAG.sub("< ", clean).strip("\n ")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from quantlab.sql.dataset import Item
+from quantlab.sql.prompt import row_fields
 from quantlab.teacher.ledger import Request
 from quantlab.teacher.prompts import Prompt, judge_request
 
@@ -59,9 +60,8 @@ def judge_requests(
     return [
         judge_request(
             prompt,
-            item.context,
-            item.question,
-            item.answer if predicted is None else predicted[item.id],
+            sql=item.answer if predicted is None else predicted[item.id],
+            **row_fields(item),
             reference=None if predicted is None else item.answer,
             max_tokens=max_tokens,
             temperature=temperature,

@@ -11,8 +11,8 @@ import pytest
 
 from quantlab.errors import DataError
 from quantlab.paths import DATA
-from quantlab.sql.dataset import digest, load_items, parse_hub
-from quantlab.sql.prompt import HEADINGS, build_prompt, complete_statement, training_text
+from quantlab.sql.dataset import digest, load_items, on_the_hub, parse_hub
+from quantlab.sql.prompt import HEADINGS, build_prompt, complete_statement
 
 ROW = {
     "db_id": 1,
@@ -79,6 +79,43 @@ def test_hub_names() -> None:
         parse_hub("hf:a/b/c/d:test")
 
 
+def test_evidence_is_text_or_nothing(tmp_path: Path) -> None:
+    texts = [" 서버 = server\r\n둘째 줄 ", "", "  ", None]
+    rows = [{**ROW, "id": number, "evidence": text} for number, text in enumerate(texts)]
+    items = load_items(write(tmp_path / "a.jsonl", *rows))
+    assert [item.evidence for item in items] == ["서버 = server\r\n둘째 줄", "", "", ""]
+    bare = load_items(write(tmp_path / "b.jsonl", *({**ROW, "id": number} for number in range(4))))
+    assert digest(items[1:]) == digest(bare[1:]) and digest(items) != digest(bare)
+
+
+def test_what_is_on_the_hub() -> None:
+    assert on_the_hub("hf:a/b:test") and on_the_hub("ko_text2sql:hf:a/b:test")
+    assert not on_the_hub("ko_text2sql:test") and not on_the_hub("ko_text2sql:/data/hf:test.csv")
+
+
+@pytest.mark.parametrize(
+    "source", ["hf:shangrilar/ko_text2sql/origin:test", "ko_text2sql:hf:shangrilar/ko_text2sql/origin:test"]
+)
+def test_the_books_questions_on_the_hub(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read by their adapter with or without its name: in MySQL's dialect, without the index that pandas left."""
+    pytest.importorskip("datasets")
+    place = tmp_path / "shangrilar" / "ko_text2sql"  # the datasets library takes a folder of that name for it
+    (place / "origin").mkdir(parents=True)
+    (place / "README.md").write_text(
+        "---\nconfigs:\n- config_name: origin\n  data_files:\n  - split: test\n    path: origin/test.csv\n---\n"
+    )
+    (place / "origin" / "test.csv").write_text(
+        ',db_id,context,question,answer\n0,1,"CREATE TABLE p (\n  id INT\n);",몇 명?,SELECT COUNT(*) FROM p\n',
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    (item,) = load_items(source)
+    assert (item.id, item.db_id, item.dialect, item.database) == ("1", "1", "mysql", None)
+    assert item.context == "CREATE TABLE p (\n  id INT\n);" and item.extra == {"benchmark": "ko_text2sql"}
+
+
 def test_the_digest_names_the_content(tmp_path: Path) -> None:
     one = load_items(write(tmp_path / "a.jsonl", ROW))
     same = load_items(write(tmp_path / "b.jsonl", ROW))
@@ -101,6 +138,4 @@ def test_prompt() -> None:
     prompt = build_prompt("CREATE TABLE t (a INTEGER);\n", " 모두? ")
     assert prompt.splitlines()[2:] == [HEADINGS[0], ROW["context"], "", HEADINGS[1], "모두?", "", HEADINGS[2]]
     assert prompt.endswith("### SQL:\n")
-    full = training_text("CREATE TABLE t (a INTEGER);", "모두?", "SELECT a FROM t", "</s>")
-    assert full == prompt + "SELECT a FROM t;</s>"
     assert complete_statement(" SELECT 1 ; ; ") == "SELECT 1;"

@@ -221,10 +221,10 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> str:
 def test_the_task_asks_as_the_options_say(tokenizer: Any, tmp_path: Path) -> None:
     """Through the task, with the real model: the samples say how each question was asked."""
     pytest.importorskip("torch")
-    from quantlab.evals.prompting import prompt_room
     from quantlab.evals.text2sql import evaluate
     from quantlab.models.load import load_subject
     from quantlab.progress import Silent
+    from quantlab.sql.prompting import prompt_room
 
     row = {"db_id": "s", "context": COMMENTED, "answer": "SELECT COUNT(*) FROM b;", "database": "t.sqlite"}
     long = (

@@ -82,6 +82,17 @@ def test_one_number_in_a_long_query_is_enough() -> None:
     assert not leaks(one, other)
 
 
+def test_rows_that_differ_in_evidence_are_not_the_same_prompt() -> None:
+    """Neither exact nor near: the student is shown another text. Blanks make no difference, signs and case do."""
+    first = row("매출이 큰 가게는?", "SELECT id FROM shops WHERE paid > 3")
+    texts = ["", "매출은 paid > 3", "매출은 paid < 3", "매출은 PAID > 3", " 매출은\r\npaid  > 3 ", " \n"]
+    rows = [profile(replace(first, extra={"evidence": text})) for text in texts]
+    assert exact_duplicates(rows) == {4: 1, 5: 0}
+    assert [(found.index, found.earlier) for found in near_duplicates(rows, 0.9)] == [(4, 1), (5, 0)]
+    hinted = replace(first, extra={"evidence": "매출은 paid > 3"})
+    assert leaks(hinted, first) and leaks(first, hinted)  # an evaluated question stays one whatever is known
+
+
 def test_numbers_keep_sign_and_point() -> None:
     keys = {question_key(text) for text in ("값 1.5", "값 15", "값 -15", "값 1-5")}
     assert len(keys) >= 3 and question_key("값 1,500?") == question_key("값 1500")

@@ -19,7 +19,7 @@ from quantlab.errors import DataError
 from quantlab.evals.text2sql import score_one
 from quantlab.results import VERDICTS
 from quantlab.sql.dataset import Item, load_items
-from quantlab.sql.prompt import build_prompt, complete_statement, evidence_of
+from quantlab.sql.prompt import complete_statement, item_prompt
 from quantlab.sql.sandbox import Sandbox
 from quantlab.sql.shots import SOURCE, select_shots
 
@@ -82,7 +82,7 @@ def _document(item: Item, split: str) -> dict[str, Any]:
         "split": split,
         "question": item.question,
         "answer": item.answer,
-        "prompt": build_prompt(item.context, item.question, evidence_of(item)),
+        "prompt": item_prompt(item),
         "level": item.extra.get("level", ""),
         "kind": item.extra.get("kind", ""),
     }

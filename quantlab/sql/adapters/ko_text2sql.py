@@ -6,7 +6,7 @@ repository (`test.csv`, `data/test-00000-of-00001.parquet`, `origin/…`), or fr
 Columns that pandas leaves behind (its index) are dropped. A row without an answer, of which the training split
 has some, is a DataError that names it.
 
-    ko_text2sql:/path/test.csv
+    ko_text2sql:/path/test.csv, or a bundled file: ko_text2sql:ko_text2sql/test_book_columns.csv
     ko_text2sql:/path/ko_text2sql[:test|train]
     ko_text2sql:hf:shangrilar/ko_text2sql/origin:test
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError
+from quantlab.paths import DATA
 from quantlab.sql.adapters import Benchmark, RawRow
 from quantlab.sql.adapters.files import read_rows, split_source, take_mapping, take_text
 from quantlab.sql.adapters.schemas import Schemas
@@ -38,6 +39,9 @@ def load(rest: str, schemas: Schemas) -> Benchmark:
             RawRow(where, str(number), row) for number, (where, row) in enumerate(hub_rows(rest), start=1)
         ]
         return Benchmark(rest, found, read)
+    bundled = DATA / rest
+    if rest and not Path(rest).expanduser().exists() and bundled.is_file():
+        rest = str(bundled)
     path, split = split_source(rest, SPLITS, FORM)
     rows: list[RawRow] = []
     for file in [path] if path.is_file() else _files(path, split or "test"):

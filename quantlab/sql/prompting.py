@@ -1,7 +1,8 @@
-"""From the options of the Text2SQL task to the prompts that a model is given.
+"""From the options of the Text2SQL task to the prompts that a model is given, when it is asked and when it is taught.
 
 The writing is in `quantlab.sql.prompt`, the choice of examples in `quantlab.sql.shots`; here they are fed from the
-options and from the model: its tokenizer, and how many tokens it was made for.
+options and from the model: its tokenizer, and how many tokens it was made for. Training goes by the options of the
+evaluation, so that a student learns to answer what it will be asked.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from quantlab.data.exclusions import normal_question
 from quantlab.recipe import Text2SqlOptions
 from quantlab.sql.dataset import Item, load_items
 from quantlab.sql.prompt import Prompt, build_prompts
@@ -18,14 +20,26 @@ from quantlab.sql.shots import SOURCE, select_shots
 ANSWER_SHARE = 8
 
 
-def make_prompts(subject: Any, items: Sequence[Item], options: Text2SqlOptions) -> list[Prompt]:
-    """A prompt for each item, cut to what the model can read.
+def choose_shots(options: Text2SqlOptions, evaluated: Sequence[Item]) -> list[Item]:
+    """The examples that stand before every question. DataError: too few rows for them."""
+    source = options.shots_source or SOURCE
+    return select_shots(load_items(source), options.shots, evaluated, name=source) if options.shots else []
+
+
+def without_shown(items: Sequence[Item], shots: Sequence[Item]) -> list[Item]:
+    """Rows to learn from that are no example: the answer to those would stand in their own prompt."""
+    shown = {normal_question(shot.question) for shot in shots}
+    return [item for item in items if normal_question(item.question) not in shown] if shown else list(items)
+
+
+def make_prompts(
+    subject: Any, items: Sequence[Item], options: Text2SqlOptions, shots: Sequence[Item]
+) -> list[Prompt]:
+    """A prompt for each item behind the examples, cut to what the model can read.
 
     Raises:
-        RecipeError: `chat` is always and the model has no chat template. DataError: too few rows for the examples.
+        RecipeError: `chat` is always and the model has no chat template. DataError: the template fails.
     """
-    source = options.shots_source or SOURCE
-    shots = select_shots(load_items(source), options.shots, items, name=source) if options.shots else []
     return build_prompts(
         items,
         shots=shots,
