@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from quantlab.errors import DataError
-from quantlab.paths import atomic_write_text, atomic_writer
+from quantlab.paths import atomic_write_text, atomic_writer, file_digest
 from quantlab.textfile import json_objects, read_json
 
 COLUMNS = (
@@ -144,17 +145,34 @@ class Run:
 
         The harness (`lm-eval:…`) names metrics as it likes, so its numbers stay out of the row.
         """
-        name = result.task.replace(":", "-").replace("/", "-")
         if result.samples:
-            write_jsonl(self.directory / "samples" / f"{name}.jsonl", result.samples)
+            write_jsonl(self._samples_file(result.task), result.samples)
         self.record["tasks"][result.task] = {"metrics": result.metrics, "details": result.details}
         if not result.task.startswith("lm-eval:"):
             self.row.update({key: result.metrics[key] for key in MEASURED if key in result.metrics})
         self.save()
 
     def samples(self, task: str) -> list[dict[str, Any]]:
-        path = self.directory / "samples" / f"{task.replace(':', '-').replace('/', '-')}.jsonl"
+        path = self._samples_file(task)
         return read_jsonl(path) if path.exists() else []
+
+    def drop_samples(self) -> None:
+        """Replace the samples by what is still needed without them: a digest of each file, and who was right, by id."""
+        kept: dict[str, Any] = self.record.setdefault("samples", {})
+        for task in self.record["tasks"]:
+            path = self._samples_file(task)
+            if path.exists():
+                scored = _verdicts(read_jsonl(path))
+                kept[task] = {
+                    "digest": file_digest(path)[:16],
+                    "right": [key for key, ok in scored.items() if ok],
+                    "wrong": [key for key, ok in scored.items() if not ok],
+                }
+        self.save()
+        shutil.rmtree(self.directory / "samples", ignore_errors=True)
+
+    def _samples_file(self, task: str) -> Path:
+        return self.directory / "samples" / f"{task.replace(':', '-').replace('/', '-')}.jsonl"
 
     def finish(self, **fields: Any) -> None:
         """Mark done: the row now counts."""
@@ -173,7 +191,15 @@ def read_runs(results_dir: Path) -> list[Run]:
 
 def verdicts(run: Run, task: str = "text2sql") -> dict[str, bool]:
     """Sample id → answered correctly, for the samples that count (an empty gold result is no evidence)."""
-    scored = (row for row in run.samples(task) if row.get("extra", {}).get("evidence", True))
+    rows = run.samples(task)
+    if rows:
+        return _verdicts(rows)
+    kept = run.record.get("samples", {}).get(task, {})  # of a run whose samples were dropped
+    return dict.fromkeys(kept.get("right", []), True) | dict.fromkeys(kept.get("wrong", []), False)
+
+
+def _verdicts(rows: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    scored = (row for row in rows if row.get("extra", {}).get("evidence", True))
     return {str(row["id"]): row["verdict"] == "ok" for row in scored}
 
 

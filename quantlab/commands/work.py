@@ -25,7 +25,7 @@ from quantlab.recipe import QuantizeRecipe, Recipe, load_recipe
 from quantlab.results import Run, read_runs
 
 WINDOWED = ("perplexity", "fidelity")  # tasks on windows of a text
-COMPARED = ("perplexity", "text2sql")  # tasks whose numbers are set against the baseline's
+COMPARED = ("perplexity", "text2sql", "speed")  # tasks whose numbers are set against the baseline's
 
 
 @dataclass(frozen=True)

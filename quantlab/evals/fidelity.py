@@ -29,7 +29,7 @@ POSITIONS_AT_ONCE = 256
 def evaluate(
     subject: Subject, options: FidelityOptions, *, baseline: Subject | None = None, progress: Progress
 ) -> TaskResult:
-    """Metrics kl_mean, kl_p99, kl_max, top1_agreement, kl_text, tokens."""
+    """Metrics kl_mean, kl_stderr (windows taken as independent), kl_p99, kl_max, top1_agreement, kl_text, tokens."""
     if baseline is None:
         raise RecipeError("fidelity needs the original to compare with", hint="name it with --baseline")
     windows = load_windows(subject, options.source, options.seq_len, options.max_tokens)
@@ -51,6 +51,7 @@ def evaluate(
         "fidelity",
         {
             "kl_mean": float(kl.double().mean()),
+            "kl_stderr": _stderr(kl.view(len(windows.ids), -1).double().mean(dim=1)),
             "kl_p99": percentile(kl, 0.99),
             "kl_max": float(kl.max()),
             "top1_agreement": float(same.double().mean()),
@@ -98,6 +99,11 @@ def compare_logits(original: torch.Tensor, changed: torch.Tensor) -> tuple[torch
     terms = torch.where(log_p == -torch.inf, torch.zeros_like(terms), terms)
     # The divergence is never negative; rounding is.
     return terms.sum(dim=-1).clamp_min(0.0), original.argmax(dim=-1) == changed.argmax(dim=-1)
+
+
+def _stderr(means: torch.Tensor) -> float | None:
+    """Standard error of the mean of windows' means [windows]; None for one window."""
+    return float(means.std() / math.sqrt(len(means))) if len(means) > 1 else None
 
 
 def percentile(values: torch.Tensor, share: float) -> float:
