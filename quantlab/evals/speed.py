@@ -8,9 +8,9 @@ to the baseline is taken round by round.
 A round is as many passes as fill half a second: prefill is one forward pass over a prompt of random tokens, decode is
 greedy, one token at a time with the cache, the prompt not counted. Rounds before the speed has settled are thrown away:
 kernels that compile at their first use do it there, and what the first round took longer than a settled one is reported
-with the time to load. Reported are medians over rounds, with the lowest and highest. A round during which other
-processes took more than a seventh of a processor counts as disturbed. Up to half as many rounds again take the place of
-such ones, and where undisturbed ones cannot be had the result says so.
+with the time to load. Reported are medians over rounds, with the lowest and highest; there are more rounds than asked
+for, three times as many at most, until the medians are sure to two per cent. A round during which other processes took
+more than a seventh of a processor counts as disturbed; where too few undisturbed ones can be had the result says so.
 
 Memory is told twice: the bytes of all parameters and buffers after loading, and the most that the process held above
 what it held idle, with its libraries imported (on CUDA: what the allocator held at most).
@@ -37,6 +37,8 @@ from quantlab.recipe import SpeedOptions
 from quantlab.results import TaskResult
 
 KINDS = ("prefill", "decode")
+MOST = 3  # times the rounds that were asked for
+SURE = 0.02  # relative standard error of the medians
 IDLE = 900_000_000  # bytes that a process with torch, transformers and kernels holds before any weight
 ROOM = 2.2  # times its files: what a model takes while it is loaded, or unpacked
 
@@ -149,9 +151,10 @@ def _take_turns(
     repeats: int,
     advance: Advance,
 ) -> None:
-    """Rounds in turn until ``repeats`` of them were undisturbed for everybody, at most half as many again."""
-    quiet = 0
-    for number in range(repeats + (repeats + 1) // 2):
+    """Rounds in turn, at least ``repeats`` and at most ``MOST`` times as many: until so many were undisturbed for
+    everybody and the medians of those are sure to ``SURE``, or it is plain that the machine is not quiet."""
+    quiet: list[int] = []
+    for number in range(MOST * repeats):
         disturbed = False
         for contestant, process in processes.items():
             answer = process.ask("round")
@@ -161,9 +164,24 @@ def _take_turns(
             disturbed = disturbed or answer["others"] > DISTURBED
             if number < repeats:
                 advance(1)
-        quiet += not disturbed
-        if quiet == repeats:
+        quiet += [number] if not disturbed else []
+        loud = number + 1 - len(quiet)
+        settled = len(quiet) >= repeats and _uncertainty(list(found.values()), quiet) < SURE
+        if settled or (loud > (repeats + 1) // 2 and number + 1 >= repeats):
             return
+
+
+def _uncertainty(found: Sequence[_Rounds], rounds: Sequence[int]) -> float:
+    """The largest relative standard error, over some rounds, of a median of decoding speeds, were they normally spread:
+    of the ratios to the first model's speed, which drifts as they do, or of a single model's speed itself."""
+    if len(rounds) < 2:
+        return 0.0
+    first = found[0].speeds["decode"]
+    worst = 0.0
+    for one in found[1:] or found:
+        values = [one.speeds["decode"][i] / (first[i] if one is not found[0] else 1.0) for i in rounds]
+        worst = max(worst, statistics.stdev(values) / statistics.median(values))
+    return 1.2533 * worst / len(rounds) ** 0.5
 
 
 def _result(found: _Rounds, reference: _Rounds | None, options: SpeedOptions, together: int) -> TaskResult:
@@ -189,6 +207,7 @@ def _result(found: _Rounds, reference: _Rounds | None, options: SpeedOptions, to
     details |= {
         **{key: value for key, value in found.loaded.items() if key != "memory_bytes"},
         "memory": found.ended["memory"],
+        "running_peak_bytes": found.ended["running_peak_bytes"],
         "others": found.others,
         "rounds_counted": chosen,
         "baseline": reference.contestant.label if reference else None,
