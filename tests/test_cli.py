@@ -127,7 +127,7 @@ REFUSALS: list[tuple[list[str], int, str]] = [
     (["quantize", "gptq-int4", "--set", "group_sise=64"], 2, "unknown key; did you mean 'group_size'?"),
     (["quantize", "gptq-int4", "--set", "method=gtpq"], 2, "did you mean gptq?"),
     (["quantize", "gptq-int4", "--set", "bits=four"], 2, "bits: 'four' is not one of"),
-    (["quantize", "awq-int4", "--set", "bits=3"], 2, "set format: gptq"),
+    (["quantize", "awq-int4", "--set", "bits=3", "--set", "format=awq"], 2, "set format: gptq"),
     (["quantize", "gptq-int4", "gptq-int4"], 2, "given twice"),
     (["quantize", "gptq-int4", "--device", "gpu"], 2, "expected auto, cpu, cuda"),
     (["quantize", "gptq-int4", "--set", "calibration.seq_len=9999"], 2, "--set calibration.seq_len=4096"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantlab.errors import DataError, MachineError
-from quantlab.paths import atomic_write_text, find_source
+from quantlab.paths import atomic_write_text, file_digest, find_source
 from quantlab.results import (
     COLUMNS,
     Run,
@@ -20,6 +20,7 @@ from quantlab.results import (
     read_jsonl,
     read_runs,
     rebuild_leaderboard,
+    verdicts,
     write_jsonl,
 )
 
@@ -179,3 +180,19 @@ def test_find_source_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find_source("calib/ko-text2sq.jsonl")
     assert "did you mean calib/ko-text2sql.jsonl?" in caught.value.hint
+
+
+def test_runs_without_samples_keep_who_was_right(tmp_path: Path) -> None:
+    """Ties and flips are the same before and after the samples are dropped; a digest says which samples they were."""
+    answers = {"best": [True] * 12, "near": [True] * 11 + [False], "far": [True] * 3 + [False] * 9}
+    runs = [make_run(tmp_path, name, right) for name, right in answers.items()]
+    before = {row["run_id"]: row["tie_group"] for row in rebuild_leaderboard(tmp_path)}
+    known = {run.run_id: verdicts(run) for run in runs}
+    digest = file_digest(runs[0].directory / "samples" / "text2sql.jsonl")
+    for run in runs:
+        run.drop_samples()
+        assert not (run.directory / "samples").exists() and run.samples("text2sql") == []
+    again = [Run.read(run.directory) for run in runs]
+    assert {run.run_id: verdicts(run) for run in again} == known
+    assert {row["run_id"]: row["tie_group"] for row in rebuild_leaderboard(tmp_path)} == before
+    assert again[0].record["samples"]["text2sql"]["digest"] == digest[:16]

@@ -9,7 +9,7 @@ A round is as many passes as fill half a second: prefill is one forward pass ove
 greedy, one token at a time with the cache, the prompt not counted. Rounds before the speed has settled are thrown away:
 kernels that compile at their first use do it there, and what the first round took longer than a settled one is reported
 with the time to load. Reported are medians over rounds, with the lowest and highest; there are more rounds than asked
-for, three times as many at most, until the medians are sure to two per cent. A round during which other processes took
+for, twice as many at most, until the medians are sure to two per cent. A round during which other processes took
 more than a seventh of a processor counts as disturbed; where too few undisturbed ones can be had the result says so.
 
 Memory is told twice: the bytes of all parameters and buffers after loading, and the most that the process held above
@@ -37,7 +37,7 @@ from quantlab.recipe import SpeedOptions
 from quantlab.results import TaskResult
 
 KINDS = ("prefill", "decode")
-MOST = 3  # times the rounds that were asked for
+MOST = 2  # times the rounds that were asked for
 SURE = 0.02  # relative standard error of the medians
 IDLE = 900_000_000  # bytes that a process with torch, transformers and kernels holds before any weight
 ROOM = 2.2  # times its files: what a model takes while it is loaded, or unpacked

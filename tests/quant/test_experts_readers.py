@@ -1,0 +1,79 @@
+"""A mixture of experts: what is promised of each layout is what plain transformers really does with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from quantlab.commands.defaults import settle
+from quantlab.formats.readers import readers, transformers_reads
+from quantlab.models.files import open_files
+from quantlab.progress import Silent
+from quantlab.quant.jobs import Job
+from quantlab.quant.pipeline import quantize
+from quantlab.recipe import LAYOUTS, QuantizeRecipe
+from quantlab.report.model_card import write_model_card
+from tests.conftest import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "mixtral"
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256, initializer_range=0.1,
+        eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def made(mixture: Path, out: Path, **keys: Any) -> dict[str, Any]:
+    recipe = QuantizeRecipe.model_validate({"method": "rtn", "bits": 4, "group_size": 32} | keys)
+    recipe = settle(recipe, open_files(mixture))
+    quantize([Job("x", recipe, out)], str(mixture), progress=Silent(), prove=True)
+    found: dict[str, Any] = json.loads((out / "quantlab.json").read_text(encoding="utf-8"))
+    return found
+
+
+def card(out: Path) -> str:
+    path = write_model_card(out, None)
+    assert path is not None
+    return path.read_text(encoding="utf-8")
+
+
+def test_left_open_it_is_written_for_plain_transformers(mixture: Path, tmp_path: Path) -> None:
+    record = made(mixture, tmp_path / "out")
+    assert record["recipe"]["format"] == "compressed-tensors" and record["experts"]
+    assert record["proof"]["how"] == "transformers" and record["proof"]["passed"]
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    said = card(tmp_path / "out")
+    assert (
+        "Read by transformers, vLLM." in said
+        and "pip install transformers accelerate compressed-tensors" in said
+    )
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_asked_for_it_says_who_reads_it(mixture: Path, tmp_path: Path, format: str) -> None:
+    record = made(mixture, tmp_path / "out", format=format)
+    proof = record["proof"]
+    assert proof["how"] == "separated" and proof["passed"] and "from random numbers" in proof["why"]
+    said = card(tmp_path / "out")
+    assert "NOT by transformers alone" in said and "AutoModelForCausalLM" not in said
+    assert not transformers_reads(format, experts=True) and transformers_reads(format, experts=False)
+
+
+def test_every_layout_has_readers() -> None:
+    for format in (*LAYOUTS, "bitsandbytes", "none"):
+        for experts in (False, True):
+            found = readers(format, experts=experts)
+            assert found.right and found.install and bool(found.wrong) == ("transformers" not in found.right)
