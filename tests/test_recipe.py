@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from quantlab.errors import RecipeError
 from quantlab.recipe import QuantizeRecipe, find_recipe, json_schema, load_recipe, parse_recipe, usable
 
+AWQ = "kind: quantize\nmethod: awq\n"
 GPTQ = "kind: quantize\nmethod: gptq\n"
 
 
@@ -55,7 +56,7 @@ def refusal(text: str, *overrides: str) -> str:
         ("kind: quantize\nmethod: rtn\ndamp: 0.1\n", "r.yaml:3: damp: method rtn has no use for it (only gptq)"),
         ("kind: quantize\nmethod: none\nbits: 4\n", "r.yaml:3: bits: method none stores the model as it is"),
         ("kind: quantize\nmethod: bnb-nf4\nbits: 8\n", "r.yaml:3: bits: bnb-nf4 always has bits: 4"),
-        ("kind: quantize\nmethod: awq\nbits: 3\nformat: awq\n", "the awq layout holds 4 bits only, not 3; for 3 bits set format"),
+        (AWQ + "bits: 3\nformat: awq\n", "the awq layout holds 4 bits only, not 3; for 3 bits set format"),
         (GPTQ + "format: awq\nact_order: true\n", "the awq layout cannot store a column order; set format: gptq"),
         (GPTQ + "format: bitsandbytes\n", "gptq is written as gptq or awq or compressed-tensors"),
         (GPTQ + "bits: atuo\n", "r.yaml:3: bits: 'atuo' is not one of 2, 3, 4, 8, 16 or 'auto'; did you mean auto?"),
