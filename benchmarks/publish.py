@@ -47,7 +47,8 @@ def main() -> None:
         quantlab("quantize", *RECIPES, "--model", str(STUDENT), *place, *out, *sets(*MEASURED))
         for run in read_runs(Path(folder)):
             run.drop_samples()
-            (run.directory / "log.jsonl").unlink()
+            for name in ("log.jsonl", "rejected.jsonl"):
+                (run.directory / name).unlink(missing_ok=True)
         rebuild_leaderboard(Path(folder))
         shutil.rmtree(results / "runs", ignore_errors=True)
         (Path(folder) / "runs").rename(results / "runs")
