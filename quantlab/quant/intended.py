@@ -12,7 +12,7 @@ measure of what rounding does, by which a difference can be judged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from quantlab.errors import DataError
 from quantlab.formats import layout
 from quantlab.models.blocks import Opened, run_block
 from quantlab.models.borrowed import borrowed
+from quantlab.models.experts import Experts
 from quantlab.models.files import ModelFiles, TensorInfo, open_files
 from quantlab.models.tensors import read_rows, read_tensor
 from quantlab.quant.grid import Quantized
@@ -124,8 +125,15 @@ class Probe:
         prefix = f"{self._opened.prefix}.{index}."
         block = self._opened.blocks[index]
         weights = _SolvedWeights(self._opened, self.stored, prefix, result)
-        with borrowed(block, weights, prefix.rstrip(".")), second_half_rounded(block, hidden.shape[:2]):
-            return run_block(block, hidden, self._calls[index])
+        with borrowed(block, weights, prefix.rstrip(".")):
+            if not any(isinstance(module, Experts) for module in block.modules()):
+                with second_half_rounded(block, hidden.shape[:2]):
+                    return run_block(block, hidden, self._calls[index])
+            # Experts get the rows that are routed to them, no longer in halves: the halves go one after the other.
+            exact, rounded = hidden.chunk(2)
+            first = run_block(block, exact, self._calls[index])
+            with all_rounded(block):
+                return torch.cat([first, run_block(block, rounded, self._calls[index])])
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> Expected:
@@ -138,15 +146,35 @@ class Probe:
 @contextmanager
 def second_half_rounded(module: nn.Module, shape: Sequence[int]) -> Iterator[None]:
     """Inside, what enters a linear is rounded to bfloat16 for the second half of a batch of ``shape`` (rows, tokens).
-    Inputs that are not the whole batch in order, as those of experts, are left as they are."""
+    Inputs that are not the whole batch in order are left as they are."""
 
-    def before(linear: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        x = args[0]
-        whole = tuple(x.shape[:-1]) in (tuple(shape), (shape[0] * shape[1],))
-        if not whole:
-            return None
+    def half(x: torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape[:-1]) not in (tuple(shape), (shape[0] * shape[1],)):
+            return x
         exact, rounded = x.chunk(2)
-        return (torch.cat([exact, rounded.to(torch.bfloat16).to(x.dtype)]), *args[1:])
+        return torch.cat([exact, _rounded(rounded)])
+
+    with _entering(module, half):
+        yield
+
+
+@contextmanager
+def all_rounded(module: nn.Module) -> Iterator[None]:
+    """Inside, what enters a linear is rounded to bfloat16."""
+    with _entering(module, _rounded):
+        yield
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+@contextmanager
+def _entering(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, what enters a linear of ``module`` is changed."""
+
+    def before(linear: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (change(args[0]), *args[1:])
 
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     handles = [linear.register_forward_pre_hook(before) for linear in linears]

@@ -174,7 +174,7 @@ def test_generation_runs_on_it(tiny: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("task", ["perplexity", "fidelity", "speed"])
+@pytest.mark.parametrize("task", ["perplexity", "fidelity"])
 def test_tasks_run_with_the_recipes_cache_and_record_it(task: str, tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(STORY, encoding="utf-8")
     text = f"""kind: evaluate
@@ -182,7 +182,6 @@ evaluate: [{task}]
 tasks:
   perplexity: {{source: {tmp_path}/t.txt, seq_len: 128}}
   fidelity: {{source: {tmp_path}/t.txt, seq_len: 128}}
-  speed: {{prompt_tokens: 70, new_tokens: 4, repeats: 1}}
 """
     found = {}
     for bits in (None, 8, 2):

@@ -80,10 +80,14 @@ def test_each_process_has_seen_nothing_else(plain: Path) -> None:
 
 
 def test_a_quantized_cache_is_measured_too(plain: Path) -> None:
-    options = SpeedOptions(prompt_tokens=80, new_tokens=4, repeats=1)
-    options._kv_cache = KvCacheOptions(bits=4, group_size=32, residual=32)
-    found = measure([Contestant(str(plain), "plain")], None, options, device="cpu", progress=Silent())[0]
-    assert found.details["kv_cache"]
+    found = {}
+    for bits in (8, 2):
+        options = SpeedOptions(prompt_tokens=80, new_tokens=4, repeats=1)
+        options._kv_cache = KvCacheOptions.model_validate({"bits": bits, "group_size": 32, "residual": 32})
+        one = measure([Contestant(str(plain), "plain")], None, options, device="cpu", progress=Silent())[0]
+        found[bits] = one.details["kv_cache"]
+        assert found[bits]["bits"] == bits and found[bits]["residual"] == 32
+    assert found[2]["bytes"] < found[8]["bytes"]
 
 
 def test_models_that_do_not_fit_together_are_measured_in_groups(

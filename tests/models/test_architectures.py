@@ -19,6 +19,7 @@ from quantlab.formats import layout
 from quantlab.models.blocks import Opened, _Record, linears, run_block
 from quantlab.models.files import open_files
 from quantlab.models.load import load_subject
+from quantlab.models.refusals import refuse_unfit
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe import QuantizeRecipe
@@ -256,7 +257,7 @@ def test_other_heads_are_refused_from_the_configuration(
     config = json.loads((model / "config.json").read_text()) | change
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=message):
-        open_files(model).block_linears()
+        refuse_unfit(open_files(model))
     with pytest.raises(DataError, match=message):
         Opened(open_files(model), "cpu", torch.float32)
 

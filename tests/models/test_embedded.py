@@ -20,7 +20,7 @@ from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, Outcome, quantize
 from quantlab.recipe import PerplexityOptions, QuantizeRecipe
 
-OPTIONS = PerplexityOptions(max_tokens=16384)
+OPTIONS = PerplexityOptions(source="heldout.txt", max_tokens=16384)
 CALIBRATION = {"source": "calib/ko-text2sql.jsonl", "rows": 32, "seq_len": 512}
 
 

@@ -24,7 +24,8 @@ FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Name: configuration class, its arguments.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GROUPED),
-    "qwen2": ("Qwen2Config", GROUPED | {"tie_word_embeddings": True}),
+    # Its tokenizer class appends a token that the vocabulary lacks.
+    "qwen2": ("Qwen2Config", GROUPED | {"tie_word_embeddings": True, "vocab_size": 264}),
     "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 32}),
     "mistral": ("MistralConfig", GROUPED | {"sliding_window": 8}),
     "gemma": ("GemmaConfig", GROUPED | {"head_dim": 16}),

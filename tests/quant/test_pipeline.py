@@ -199,7 +199,7 @@ def test_nan_weights_are_refused(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name][0, 0] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+    with pytest.raises(DataError, match=r"NaN or infinite in model\.layers\.1\.mlp\.up_proj\.weight"):
         run(model, tmp_path, {"q": recipe("rtn", group_size=32)})
     assert not (tmp_path / "q").exists()
 
