@@ -75,7 +75,7 @@ def run(out: Path, *, as_json: bool = False) -> None:
         and not any((out / name).exists() for name in ("runs", "student", "student.partial", "data"))
     ):
         raise RecipeError(f"{out} already holds something else", hint="--out writes elsewhere")
-    lesson = load_recipe(find_recipe(DISTILL), (*TRAINED, f"train.precision={precision()}"))
+    lesson = load_recipe(find_recipe(DISTILL), (*TRAINED, f"train.precision={_precision()}"))
     assert isinstance(lesson, DistillRecipe)
     recipes = quantize_recipes()
     started = time.monotonic()
@@ -108,7 +108,7 @@ def run(out: Path, *, as_json: bool = False) -> None:
     _finish(summary, out, as_json=as_json)
 
 
-def precision() -> str:
+def _precision() -> str:
     """What the student is trained in: bfloat16 saves a third of the time, on CPUs that multiply it."""
     import torch
 

@@ -3,7 +3,8 @@
 A number that depends on what ran before it in the same process is not a number. So every model is loaded into a fresh
 process (``speed_worker``) that has seen nothing else; the processes wait while another one measures, and measure round
 after round in turn, the baseline among them: what slows the machine down for a while slows all of them, and the ratio
-to the baseline is taken round by round.
+to the baseline is taken round by round. Tokens a second are that ratio times the baseline's median, so that the two say
+the same however the machine's pace changes between rounds; the rounds as they were are in the details.
 
 A round is as many passes as fill half a second: prefill is one forward pass over a prompt of random tokens, decode is
 greedy, one token at a time with the cache, the prompt not counted. Rounds before the speed has settled are thrown away:
@@ -190,14 +191,15 @@ def _result(found: _Rounds, reference: _Rounds | None, options: SpeedOptions, to
     details: dict[str, Any] = {}
     for kind in KINDS:
         speeds = [found.speeds[kind][i] for i in chosen]
-        metrics[f"{kind}_tok_s"] = statistics.median(speeds)
-        details[f"{kind}_range"] = [min(speeds), max(speeds)]
         details[f"{kind}_rounds"] = found.speeds[kind]
-    if reference is not None and reference is not found:
-        for kind in KINDS:
-            ratios = [found.speeds[kind][i] / reference.speeds[kind][i] for i in chosen]
+        if reference is not None and reference is not found:
+            originals = [reference.speeds[kind][i] for i in chosen]
+            ratios = [mine / other for mine, other in zip(speeds, originals, strict=True)]
             metrics[f"{kind}_ratio"] = statistics.median(ratios)
             details[f"{kind}_ratio_range"] = [min(ratios), max(ratios)]
+            speeds = [ratio * statistics.median(originals) for ratio in ratios]
+        metrics[f"{kind}_tok_s"] = statistics.median(speeds)
+        details[f"{kind}_range"] = [min(speeds), max(speeds)]
     metrics |= {
         "memory_bytes": int(found.loaded["memory_bytes"]),
         "peak_memory_bytes": found.ended["peak_bytes"],

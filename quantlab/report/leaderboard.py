@@ -138,7 +138,7 @@ def print_table(rows: Sequence[Row]) -> None:
             table.add_column(title, justify="right" if numeric else "left", no_wrap=True)
     for rank, row in enumerate(rows, start=1):
         table.add_row(str(rank), *(Text(cell(row)) for cell in shown))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
     if any(row.get("tie_group") for row in rows):
         print("= cannot be told from the best row by an exact paired McNemar test at 5 %")
     for line in conditions(rows):

@@ -64,6 +64,8 @@ def test_two_models_take_turns(plain: Path, small: Path) -> None:
         a / b for a, b in zip(ours.details["decode_rounds"], theirs.details["decode_rounds"], strict=True)
     )
     assert ratios[0] <= ours.metrics["decode_ratio"] <= ratios[-1]
+    pace = ours.metrics["decode_tok_s"] / theirs.metrics["decode_tok_s"]
+    assert pace == pytest.approx(ours.metrics["decode_ratio"])
     assert "decode_ratio" not in theirs.metrics  # nobody is compared with itself
     assert ours.details["kernel"] != "torch" and theirs.details["kernel"] == "torch"
     parameters = sum(p.nbytes for p in load_subject(plain, device="cpu").model.parameters())
