@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -64,8 +65,11 @@ def test_two_models_take_turns(plain: Path, small: Path) -> None:
         a / b for a, b in zip(ours.details["decode_rounds"], theirs.details["decode_rounds"], strict=True)
     )
     assert ratios[0] <= ours.metrics["decode_ratio"] <= ratios[-1]
-    pace = ours.metrics["decode_tok_s"] / theirs.metrics["decode_tok_s"]
-    assert pace == pytest.approx(ours.metrics["decode_ratio"])
+    counted = [theirs.details["decode_rounds"][i] for i in ours.details["rounds_counted"]]
+    pace = ours.metrics["decode_ratio"] * statistics.median(
+        counted
+    )  # however fast the machine was in each round
+    assert ours.metrics["decode_tok_s"] == pytest.approx(pace)
     assert "decode_ratio" not in theirs.metrics  # nobody is compared with itself
     assert ours.details["kernel"] != "torch" and theirs.details["kernel"] == "torch"
     parameters = sum(p.nbytes for p in load_subject(plain, device="cpu").model.parameters())
