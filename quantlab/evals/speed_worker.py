@@ -110,7 +110,6 @@ class Bench:
             "kernel": ", ".join(sorted(packed)) or "torch",
             "computes_in": str(model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            **self.caches.details(),
         }
 
     def do_settle(self) -> dict[str, Any]:
@@ -128,7 +127,11 @@ class Bench:
                 break
         self.first_peak = self.memory.above_idle()
         self.memory.start_anew()  # kernels that rearrange weights at their first use held more than they will again
-        return {"first_use_seconds": max(0.0, first - speeds[-1]), "warm_up_rounds": len(speeds)}
+        return {
+            "first_use_seconds": max(0.0, first - speeds[-1]),
+            "warm_up_rounds": len(speeds),
+            **self.caches.details(),
+        }
 
     def do_round(self) -> dict[str, Any]:
         from quantlab.models.disturbance import mark, others_since
