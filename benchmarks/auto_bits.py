@@ -36,7 +36,8 @@ from quantlab.models.files import open_files
 from quantlab.models.load import Subject, load_subject, quiet_libraries
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.recipe import PerplexityOptions, QuantizeRecipe
+from quantlab.recipe.base import PerplexityOptions
+from quantlab.recipe.quantize import QuantizeRecipe
 
 HERE = Path(__file__).resolve().parent
 BABY = HERE.parents[1] / "shared" / "data" / "models" / "babyllama-char-1M"

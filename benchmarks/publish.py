@@ -13,7 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quantlab.results import read_runs, rebuild_leaderboard
+from quantlab.runs.leaderboard import rebuild_leaderboard
+from quantlab.runs.run import read_runs
 
 RESULTS = Path("results")
 DEMO = RESULTS / "demo"

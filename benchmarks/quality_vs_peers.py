@@ -65,7 +65,7 @@ class Judge:
 
     def __init__(self, subject: Subject, test_tokens: int | None) -> None:
         from quantlab.models.load import load_subject, quiet_libraries
-        from quantlab.recipe import PerplexityOptions
+        from quantlab.recipe.base import PerplexityOptions
 
         quiet_libraries()
         self.loaded = load_subject(subject.model, device="cpu", dtype="float32")
@@ -134,7 +134,7 @@ class Comparison:
         from quantlab.errors import QuantlabError
         from quantlab.progress import Silent
         from quantlab.quant.pipeline import Job, quantize
-        from quantlab.recipe import parse_recipe
+        from quantlab.recipe.load import parse_recipe
 
         calibration = {
             "source": self.subject.calibration, "rows": self.args.rows, "seq_len": self.subject.seq_len, "seed": seed,

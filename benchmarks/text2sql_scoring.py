@@ -4,12 +4,12 @@
 
 A process for each query is how evaluators make sure that a query can be killed and leaves nothing behind: it opens its
 own read-only connection, runs the query, and sends the rows back. Both sides judge with the same code
-(`quantlab.sql.execution.judge`), so only the running of queries differs. The predictions are made from the golds of the
-bundled development questions: the gold, the gold laid out anew, near misses, queries that fail, prose, and, spread
-among them, `--slow` ones that have to be stopped: every fourth of these hangs inside a single call of the engine, the
-others are joins and recursions without end. `--timeout` is when a query is killed, on both sides.
-Prints both times and their ratio, with and without the slow ones, and the number of verdicts that differ; exits with 1
-when the ratio is below 5 or a verdict differs.
+(`quantlab.text2sql.scoring.execution.judge`), so only the running of queries differs. The predictions are made from
+the golds of the bundled development questions: the gold, the gold laid out anew, near misses, queries that fail,
+prose, and, spread among them, `--slow` ones that have to be stopped: every fourth of these hangs inside a single call
+of the engine, the others are joins and recursions without end. `--timeout` is when a query is killed, on both sides.
+Prints both times and their ratio, with and without the slow ones, and the number of verdicts that differ; exits with
+1 when the ratio is below 5 or a verdict differs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from quantlab.sql.dataset import Item, load_items
-from quantlab.sql.execution import judge
-from quantlab.sql.sandbox import Execution, Limits, Sandbox
+from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.data.item import Item
+from quantlab.text2sql.sandbox.pool import Execution, Limits, Sandbox
+from quantlab.text2sql.scoring.execution import judge
 
 RATIO = 5.0
 HANG = "SELECT instr(hex(zeroblob(450000)), hex(zeroblob(200000)) || '1')"

@@ -30,13 +30,14 @@ from typing import Any
 
 from sqlglot import exp
 
-from quantlab.sql.dataset import Item, load_items
-from quantlab.sql.execution import judge
-from quantlab.sql.mutate import mutants
-from quantlab.sql.normalize import parse
-from quantlab.sql.sandbox import Sandbox
-from quantlab.sql.schema import read_schema
-from quantlab.sql.witness import build
+from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.data.item import Item
+from quantlab.text2sql.sandbox.pool import Sandbox
+from quantlab.text2sql.schema.ddl import read_schema
+from quantlab.text2sql.scoring.exact_match import parse
+from quantlab.text2sql.scoring.execution import judge
+from quantlab.text2sql.testdata.mutants import mutants
+from quantlab.text2sql.testdata.witness import build
 
 
 def rewritings(sql: str) -> Iterator[tuple[str, str]]:

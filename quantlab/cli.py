@@ -196,7 +196,8 @@ def distill(
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):
-        from quantlab.commands.distill import Options, run
+        from quantlab.commands.distill import run
+        from quantlab.commands.distill_plan import Options
 
         run(
             recipe,

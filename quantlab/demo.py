@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from quantlab.commands import distill, evaluate
+from quantlab.commands.distill_plan import Options as DistillOptions
 from quantlab.commands.guard import print_json, stdout_is_stderr
 from quantlab.commands.quantize import Options, quantize_and_measure
 from quantlab.errors import RecipeError
 from quantlab.evals import IN_TURN
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Advance, Progress
-from quantlab.recipe import DistillRecipe, QuantizeRecipe, find_recipe, load_recipe, usable
+from quantlab.recipe.distill import DistillRecipe
+from quantlab.recipe.load import find_recipe, load_recipe
+from quantlab.recipe.quantize import QuantizeRecipe, usable
 
 MODEL = "embedded:base"
 DISTILL = "distill-embedded"
@@ -83,7 +86,7 @@ def run(out: Path, *, as_json: bool = False) -> None:
         taught = distill.distill(
             DISTILL,
             lesson,
-            distill.Options(out=out / "student", results=out, device="cpu", resume=True),
+            DistillOptions(out=out / "student", results=out, device="cpu", resume=True),
             progress,
         )
         summary = quantize_and_measure(
@@ -142,7 +145,7 @@ def _game(ref: str, out: Path, progress: Progress) -> dict[str, Any]:
 def _finish(summary: dict[str, Any], out: Path, *, as_json: bool) -> None:
     from quantlab.report.html import page
     from quantlab.report.leaderboard import accuracy, print_table
-    from quantlab.results import rebuild_leaderboard
+    from quantlab.runs.leaderboard import rebuild_leaderboard
 
     rows = rebuild_leaderboard(out)
     summary["rows"] = rows

@@ -237,7 +237,8 @@ def test_every_recipe_is_one_that_quantlab_takes() -> None:
     from peers.variants import own_variants, peer_variants
     from quantize_vs_peers import entries
 
-    from quantlab.recipe import QuantizeRecipe, parse_recipe
+    from quantlab.recipe.load import parse_recipe
+    from quantlab.recipe.quantize import QuantizeRecipe
 
     recipes = [r for entry in entries(128).values() for r in entry.recipes.values()]
     variants = list(own_variants(32))

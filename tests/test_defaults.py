@@ -15,14 +15,8 @@ from quantlab.commands.work import check_lengths
 from quantlab.errors import RecipeError
 from quantlab.models.files import ModelFiles, open_files
 from quantlab.paths import bundled_sources
-from quantlab.recipe import (
-    EvaluateRecipe,
-    QuantizeRecipe,
-    Recipe,
-    bundled_recipes,
-    load_recipe,
-    parse_recipe,
-)
+from quantlab.recipe.load import EvaluateRecipe, Recipe, bundled_recipes, load_recipe, parse_recipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 KOREAN = ("calib/ko-text2sql.jsonl", "heldout.txt")
 GENERAL = ("calib/general.jsonl", "general.txt")

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from quantlab.errors import QuantlabError, RecipeError
-from quantlab.recipe import DistillRecipe, parse_recipe
-from quantlab.results import read_jsonl
-from quantlab.sql.dataset import load_items
+from quantlab.recipe.distill import DistillRecipe
+from quantlab.recipe.load import parse_recipe
+from quantlab.runs.run import read_jsonl
+from quantlab.text2sql.data.dataset import load_items
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-a-secret-nobody-may-see-4711"

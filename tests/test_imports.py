@@ -1,11 +1,12 @@
-"""The import rule: a module imports only from rows below its own, and siblings in a row not each other.
+"""The import rule: a module imports only from rows below its own, siblings in a row not each other, and no files in a
+circle.
 
 Imports inside functions count too. Lazy tables of dotted strings (`"gptq": "quantlab.quant.gptq:..."`) do not: they are
 how an upper row names what a lower one must not know.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,15 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("commands",),
     ("distill", "evals", "report"),
+    ("text2sql",),
     ("quant", "teacher"),
-    ("formats", "sql", "models"),
+    ("formats", "models"),
     ("calibration", "data"),
-    ("recipe", "results"),
-    ("paths", "progress", "textfile", "workers"),
+    ("recipe", "runs"),
+    ("paths", "progress", "stats", "textfile", "workers"),
     ("errors",),
 )
 SAME = {  # one piece in files
-    **dict.fromkeys(("recipe_yaml", "recipe_parts", "recipe_distill"), "recipe"),
     "text_encodings": "textfile",
 }
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
@@ -99,10 +100,10 @@ def test_imports_point_downwards(name: str, path: Path) -> None:
         ("quantlab.quant.gptq", "from quantlab import evals"),
         ("quantlab.quant.gptq", "import quantlab.cli"),
         ("quantlab.evals.speed", "def f():\n    from quantlab.report.html import page"),
-        ("quantlab.sql.dataset", "if TYPE_CHECKING:\n    from quantlab.models.load import Subject"),
-        ("quantlab.results", "from quantlab.recipe import Recipe"),
-        ("quantlab.sql.dataset", "from ..models import load"),
-        ("quantlab.sql.__init__", "from ..evals.speed import evaluate"),
+        ("quantlab.text2sql.data.dataset", "if TYPE_CHECKING:\n    from quantlab.evals import TASKS"),
+        ("quantlab.runs.run", "from quantlab.recipe.load import Recipe"),
+        ("quantlab.text2sql.data.dataset", "from ...evals import speed"),
+        ("quantlab.text2sql.__init__", "from ..evals.speed import evaluate"),
         ("quantlab.errors", "from quantlab.paths import slug"),
         ("quantlab.paths", "from quantlab.nowhere import x"),
         ("quantlab", "from quantlab.errors import DataError"),
@@ -118,9 +119,79 @@ def test_the_rule_catches(module: str, source: str) -> None:
         ("quantlab.evals.speed", "from quantlab.quant.pipeline import check\nfrom .statistics import wilson"),
         ("quantlab.evals.__init__", 'T = {"speed": "quantlab.report.html:page"}'),
         ("quantlab.errors", "from quantlab import __version__\nimport json"),
-        ("quantlab.recipe", "from quantlab.recipe_yaml import explain"),
+        ("quantlab.recipe", "from quantlab.recipe.yaml_errors import explain"),
         ("quantlab.commands.measure", "from quantlab.models.files import ModelFiles"),
     ],
 )
 def test_the_rule_allows(module: str, source: str) -> None:
     assert violations(source, module) == []
+
+
+def file_imports(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Which files of `sources` (dotted name → text) import which, wherever the statement stands."""
+    found: dict[str, set[str]] = {}
+    for module, text in sources.items():
+        names = imported(ast.parse(text), module)
+        files = {name if name in sources else name.rpartition(".")[0] for name in names}
+        found[module] = {file for file in files if file in sources and file != module}
+    return found
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Every group of files that can reach each other (Tarjan's strongly connected components of two or more)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            at = stack.index(node)
+            if len(stack) - at > 1:
+                found.append(sorted(stack[at:]))
+            del stack[at:]
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    sources = {name: path.read_text(encoding="utf-8") for name, path in modules()}
+    assert circles(file_imports(sources)) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "from quantlab.planted.b import x",
+        "import quantlab.planted.b",
+        "from quantlab.planted import b",
+        "def f():\n    from quantlab.planted.b import x",
+        "if TYPE_CHECKING:\n    from quantlab.planted.b import X",
+    ],
+)
+def test_a_planted_circle_is_found(planted: str) -> None:
+    sources = {
+        "quantlab.planted.a": planted,
+        "quantlab.planted.b": "from quantlab.planted.c import y",
+        "quantlab.planted.c": "from quantlab.planted.a import z",
+        "quantlab.planted.d": "from quantlab.planted.a import z",
+    }
+    assert circles(file_imports(sources)) == [[f"quantlab.planted.{name}" for name in "abc"]]
+
+
+def test_the_quantizer_does_not_know_text2sql() -> None:
+    for name, path in modules():
+        if unit(name) in ("quant", "formats", "models"):
+            names = imported(ast.parse(path.read_text(encoding="utf-8")), name)
+            assert not [other for other in names if other.startswith("quantlab.text2sql")]

@@ -13,7 +13,8 @@ from quantlab.errors import DataError, RecipeError
 from quantlab.report.html import page, scatter
 from quantlab.report.leaderboard import accuracy, print_table, recipe_name, sort_rows
 from quantlab.report.model_card import model_card, write_model_card
-from quantlab.results import COLUMNS, Run
+from quantlab.runs.leaderboard import COLUMNS
+from quantlab.runs.run import Run
 
 
 def row(name: str, **filled: Any) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_populated_and_witness_databases(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["bundled", ".csv", ".jsonl", ".parquet"])
 def test_the_books_columns_are_scored_by_witness_databases(tmp_path: Path, kind: str) -> None:
     """Questions as the book has them, db_id, context, question, answer and no database, in every form of file."""
-    from quantlab.sql.dataset import load_items
+    from quantlab.text2sql.data.dataset import load_items
 
     bundled = "ko_text2sql:ko_text2sql/test_book_columns.csv"
     items = load_items(bundled, 6)

@@ -7,7 +7,8 @@ import pytest
 
 from quantlab.demo import DISTILL, TRAINED, Overall, expected, quantize_recipes
 from quantlab.progress import Bars, Lines, Silent, default_progress
-from quantlab.recipe import DistillRecipe, find_recipe, load_recipe
+from quantlab.recipe.distill import DistillRecipe
+from quantlab.recipe.load import find_recipe, load_recipe
 
 
 def test_lines_speak_at_the_end_of_outermost_work_only() -> None:

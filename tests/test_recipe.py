@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantlab.errors import RecipeError
-from quantlab.recipe import QuantizeRecipe, find_recipe, json_schema, load_recipe, parse_recipe, usable
+from quantlab.recipe.load import find_recipe, json_schema, load_recipe, parse_recipe
+from quantlab.recipe.quantize import QuantizeRecipe, usable
 
 AWQ = "kind: quantize\nmethod: awq\n"
 GPTQ = "kind: quantize\nmethod: gptq\n"

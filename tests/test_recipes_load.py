@@ -9,8 +9,11 @@ import pytest
 from quantlab.commands.recipes import about
 from quantlab.distill.sweep import cells
 from quantlab.paths import bundled, find_source
-from quantlab.recipe import DistillRecipe, QuantizeRecipe, bundled_recipes, load_recipe
-from quantlab.sql.dataset import load_items, parse_hub
+from quantlab.recipe.distill import DistillRecipe
+from quantlab.recipe.load import bundled_recipes, load_recipe
+from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.data.hub import parse_hub
 
 ROOT = bundled("recipes")
 FILES = sorted(ROOT.rglob("*.y*ml"))

@@ -10,19 +10,9 @@ import pytest
 
 from quantlab.errors import DataError, MachineError
 from quantlab.paths import atomic_write_text, file_digest, find_source
-from quantlab.results import (
-    COLUMNS,
-    Run,
-    Sample,
-    TaskResult,
-    flips,
-    mcnemar_exact,
-    read_jsonl,
-    read_runs,
-    rebuild_leaderboard,
-    verdicts,
-    write_jsonl,
-)
+from quantlab.runs.leaderboard import COLUMNS, rebuild_leaderboard
+from quantlab.runs.run import Run, Sample, TaskResult, read_jsonl, read_runs, verdicts, write_jsonl
+from quantlab.stats import flips, mcnemar_exact
 
 
 def make_run(

@@ -18,13 +18,14 @@ from quantlab.calibration import read_texts
 from quantlab.commands.work import provenance
 from quantlab.data.exclusions import read_rows
 from quantlab.errors import DataError, QuantlabError, RecipeError
-from quantlab.recipe import load_recipe
-from quantlab.results import read_jsonl, write_jsonl
-from quantlab.sql.adapters.files import csv_rows, json_rows, jsonl_rows
-from quantlab.sql.dataset import Item, load_items
-from quantlab.sql.predictions import read_judge, read_predictions
+from quantlab.recipe.load import load_recipe
+from quantlab.runs.run import read_jsonl, write_jsonl
 from quantlab.teacher.local import load_recorded
 from quantlab.teacher.prices import load_table
+from quantlab.text2sql.data.benchmarks.files import csv_rows, json_rows, jsonl_rows
+from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.data.item import Item
+from quantlab.text2sql.data.predictions import read_judge, read_predictions
 from quantlab.textfile import json_lines, json_objects, parse_json_lines, read_json, read_text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -101,7 +101,7 @@ def quantlab(spec: Spec, clock: Clock) -> None:
     from quantlab.models.load import quiet_libraries
     from quantlab.progress import Silent
     from quantlab.quant.pipeline import Job, quantize
-    from quantlab.recipe import QuantizeRecipe
+    from quantlab.recipe.quantize import QuantizeRecipe
 
     quiet_libraries()
     rows = read_rows(spec)

@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 from quantlab.formats.readers import transformers_reads
 from quantlab.models.files import ModelFiles
 from quantlab.models.provenance import is_embedded
-from quantlab.recipe import BaseRecipe, QuantizeRecipe, parse_settled
+from quantlab.recipe.base import BaseRecipe
+from quantlab.recipe.load import parse_settled
+from quantlab.recipe.quantize import QuantizeRecipe
 
 R = TypeVar("R", bound=BaseRecipe)
 EMBEDDED_CALIBRATION, EMBEDDED_TEXT = "calib/ko-text2sql.jsonl", "heldout.txt"

@@ -8,35 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantlab.commands.distill_plan import Options
 from quantlab.commands.guard import print_json, stdout_is_stderr
 from quantlab.commands.quantize import check_device, fail_for
 from quantlab.distill.processes import is_first_process
 from quantlab.distill.sweep import Cell, cells
 from quantlab.errors import RecipeError
 from quantlab.progress import Progress, Silent, default_progress
-from quantlab.recipe import DistillRecipe, find_recipe, load_recipe
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line, parsed."""
-
-    out: Path | None = None
-    results: Path = Path("results")
-    ledger: Path | None = None
-    overrides: tuple[str, ...] = ()
-    device: str = "auto"
-    resume: bool = False
-    dry_run: bool = False
-    trust_remote_code: bool = False
-
-    @property
-    def book(self) -> Path:
-        return self.ledger or self.results / "ledger.sqlite"
+from quantlab.recipe.distill import DistillRecipe
+from quantlab.recipe.load import find_recipe, load_recipe
 
 
 def run(name: str, options: Options, *, as_json: bool = False) -> None:
@@ -75,7 +58,7 @@ def distill(name: str, recipe: DistillRecipe, options: Options, progress: Progre
             _write_sweep(name, recipe, found[:number], outcomes, options)
     if not is_first_process():
         return {}
-    from quantlab.results import rebuild_leaderboard
+    from quantlab.runs.leaderboard import rebuild_leaderboard
 
     used = {outcome["run_id"] for outcome in outcomes} | {outcome["base_run_id"] for outcome in outcomes}
     rows = [row for row in rebuild_leaderboard(options.results) if row["run_id"] in used]
@@ -100,7 +83,7 @@ def _write_sweep(
 ) -> None:
     """The plots and the table of a sweep, as far as it has come."""
     from quantlab.report.sweep_plots import write_sweep
-    from quantlab.results import rebuild_leaderboard
+    from quantlab.runs.leaderboard import rebuild_leaderboard
 
     rows = {row["run_id"]: row for row in rebuild_leaderboard(options.results)}
     cells_rows = [

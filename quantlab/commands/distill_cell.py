@@ -30,12 +30,13 @@ from quantlab.models.provenance import provenance
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Progress
 from quantlab.quant.checkpoint import partial_path
-from quantlab.recipe import DistillRecipe
-from quantlab.results import Run, rebuild_leaderboard
-from quantlab.sql.dataset import load_items
+from quantlab.recipe.distill import DistillRecipe
+from quantlab.runs.leaderboard import rebuild_leaderboard
+from quantlab.runs.run import Run
+from quantlab.text2sql.data.dataset import load_items
 
 if TYPE_CHECKING:
-    from quantlab.commands.distill import Options
+    from quantlab.commands.distill_plan import Options
 
 
 def run_cell(name: str, cell: Cell, options: Options, progress: Progress) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def _encode(
     """Examples of at most `longest` tokens, and how many rows are left out. Questions are asked as the evaluation
     will ask them: with its chat template, its linker, its examples."""
     from quantlab.distill.data import encode, encode_texts
-    from quantlab.sql.prompting import choose_shots, make_prompts, without_shown
+    from quantlab.text2sql.prompt.for_model import choose_shots, make_prompts, without_shown
 
     if recipe.data.format == "text":
         return encode_texts(rows["texts"], student.tokenizer, longest), {"too_long": 0}

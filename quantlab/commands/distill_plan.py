@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantlab.calibration import read_texts
 from quantlab.commands.defaults import settle
@@ -26,11 +26,27 @@ from quantlab.errors import MachineError, RecipeError
 from quantlab.models.files import ModelFiles
 from quantlab.models.provenance import provenance
 from quantlab.paths import file_digest, find_source, slug
-from quantlab.recipe import DistillRecipe, QuantizeRecipe
-from quantlab.sql.dataset import digest, on_the_hub
+from quantlab.recipe.distill import DistillRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.text2sql.data.dataset import digest, on_the_hub
 
-if TYPE_CHECKING:
-    from quantlab.commands.distill import Options
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, parsed."""
+
+    out: Path | None = None
+    results: Path = Path("results")
+    ledger: Path | None = None
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    resume: bool = False
+    dry_run: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def book(self) -> Path:
+        return self.ledger or self.results / "ledger.sqlite"
 
 
 @dataclass

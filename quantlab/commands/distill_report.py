@@ -7,11 +7,11 @@ from typing import Any
 
 from quantlab.distill.prepare import ask_judge
 from quantlab.progress import Progress
-from quantlab.recipe import DistillRecipe
+from quantlab.recipe.distill import DistillRecipe
 from quantlab.report.distillation import as_dict, as_markdown, as_text, compare
-from quantlab.results import Run, verdicts, write_jsonl
-from quantlab.sql.dataset import load_items
-from quantlab.teacher.agreement import Agreement, confusion
+from quantlab.runs.run import Run, verdicts, write_jsonl
+from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.teaching.agreement import Agreement, confusion
 
 TASK = "text2sql"
 

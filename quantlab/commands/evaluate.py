@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 from quantlab.commands.defaults import note_texts, settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
 from quantlab.commands.measure import Bench, Entry
+from quantlab.commands.predictions import text2sql_overrides
 from quantlab.commands.quantize import calibration_name, check_device, fail_for, show
 from quantlab.commands.work import (
     COMPARED,
@@ -28,8 +28,9 @@ from quantlab.errors import RecipeError
 from quantlab.models.files import ModelFiles
 from quantlab.models.provenance import provenance
 from quantlab.progress import Progress, default_progress
-from quantlab.recipe import EvaluateRecipe, parse_recipe
-from quantlab.results import Run, rebuild_leaderboard
+from quantlab.recipe.load import EvaluateRecipe, parse_recipe
+from quantlab.runs.leaderboard import rebuild_leaderboard
+from quantlab.runs.run import Run
 
 DEFAULT_TASKS = ("perplexity", "text2sql", "speed")
 
@@ -163,12 +164,6 @@ def _recipe(tasks: tuple[str, ...], options: Options) -> EvaluateRecipe:
     if not isinstance(recipe, EvaluateRecipe):
         raise RecipeError("--set kind: an evaluation stays an evaluation")
     return recipe
-
-
-def text2sql_overrides(data: str | None, rules: Sequence[str]) -> list[str]:
-    """`--data` and `--metric` as overrides of the recipe."""
-    found = [f"tasks.text2sql.data={data}"] if data is not None else []
-    return found + ([f"tasks.text2sql.rules=[{', '.join(rules)}]"] if rules else [])
 
 
 def _baseline(target: Work, options: Options, progress: Progress) -> tuple[Run | None, list[Work]]:

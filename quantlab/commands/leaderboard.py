@@ -9,7 +9,8 @@ from quantlab.commands.guard import print_json
 from quantlab.errors import DataError
 from quantlab.paths import atomic_write_text, atomic_writer
 from quantlab.report.leaderboard import print_table, sort_rows
-from quantlab.results import COLUMNS, cell, read_runs, rebuild_leaderboard
+from quantlab.runs.leaderboard import COLUMNS, cell, rebuild_leaderboard
+from quantlab.runs.run import read_runs
 
 
 def run(results: Path, *, sort: str | None, csv: Path | None, html: Path | None, as_json: bool) -> None:

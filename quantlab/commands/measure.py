@@ -16,8 +16,10 @@ from quantlab.commands.work import Work
 from quantlab.errors import NotANumber
 from quantlab.evals import IN_TURN, NEEDS_BASELINE, run_task
 from quantlab.progress import Progress
-from quantlab.recipe import QuantizeRecipe, SpeedOptions
-from quantlab.results import Run, flips, verdicts
+from quantlab.recipe.base import SpeedOptions
+from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.runs.run import Run, verdicts
+from quantlab.stats import flips
 
 if TYPE_CHECKING:
     from quantlab.evals.speed import Contestant

@@ -20,7 +20,7 @@ from quantlab.models.files import ModelFiles
 from quantlab.quant.forecast import Forecast, Rates, together
 from quantlab.quant.pipeline import check
 from quantlab.quant.sizes import stored_float
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 TORCH = {"BF16": "bfloat16", "F16": "float16"}
 

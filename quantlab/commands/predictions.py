@@ -20,8 +20,9 @@ from quantlab.commands.work import short_hash
 from quantlab.errors import RecipeError
 from quantlab.paths import file_digest, slug
 from quantlab.progress import Progress, default_progress
-from quantlab.recipe import EvaluateRecipe, parse_recipe
-from quantlab.results import Run, Sample, TaskResult, rebuild_leaderboard
+from quantlab.recipe.load import EvaluateRecipe, parse_recipe
+from quantlab.runs.leaderboard import rebuild_leaderboard
+from quantlab.runs.run import Run, Sample, TaskResult
 
 SHOWN = 5  # disagreements and reasons printed; all of them are in the files
 
@@ -58,8 +59,8 @@ def run(predictions: Path, options: Options, *, as_json: bool = False) -> None:
 def score(predictions: Path, options: Options, progress: Progress) -> dict[str, Any]:
     """Everything between the command line and its last line; returns the summary."""
     from quantlab.evals import text2sql
-    from quantlab.sql.dataset import digest, id_notes, load_items
-    from quantlab.sql.predictions import read_judge, read_predictions
+    from quantlab.text2sql.data.dataset import digest, id_notes, load_items
+    from quantlab.text2sql.data.predictions import read_judge, read_predictions
 
     recipe = _recipe(options)
     task = recipe.tasks.text2sql
@@ -116,7 +117,6 @@ def score(predictions: Path, options: Options, progress: Progress) -> dict[str, 
 
 
 def _recipe(options: Options) -> EvaluateRecipe:
-    from quantlab.commands.evaluate import text2sql_overrides
 
     overrides = [*options.overrides, *text2sql_overrides(options.data, options.rules)]
     recipe = parse_recipe("kind: evaluate\nevaluate: [text2sql]\n", "--predictions", overrides)
@@ -126,7 +126,7 @@ def _recipe(options: Options) -> EvaluateRecipe:
 
 def _agreement(samples: Sequence[Sample], judged: dict[str, tuple[bool, str]]) -> dict[str, Any]:
     """The judge against execution on the items that execution says something about."""
-    from quantlab.teacher.agreement import confusion, table_text
+    from quantlab.text2sql.teaching.agreement import confusion, table_text
 
     scored = {s.id: s for s in samples if s.extra["evidence"]}
     found = confusion(
@@ -210,3 +210,9 @@ def _rule_lines(rule: str, found: dict[str, Any]) -> list[str]:
         f"scored here {found['not_scored_here']}, not told there {found['not_told']}"
     )
     return [text, *(f"  {count} × {reason}" for reason, count in list(found["reasons"].items())[:SHOWN])]
+
+
+def text2sql_overrides(data: str | None, rules: Sequence[str]) -> list[str]:
+    """`--data` and `--metric` as overrides of the recipe."""
+    found = [f"tasks.text2sql.data={data}"] if data is not None else []
+    return found + ([f"tasks.text2sql.rules=[{', '.join(rules)}]"] if rules else [])

@@ -38,9 +38,11 @@ from quantlab.models.provenance import provenance
 from quantlab.paths import slug
 from quantlab.progress import Progress, default_progress
 from quantlab.quant.pipeline import Job, Outcome, Settings, check, quantize
-from quantlab.recipe import QuantizeRecipe, Recipe, find_recipe, load_recipe, usable
+from quantlab.recipe.load import Recipe, find_recipe, load_recipe
+from quantlab.recipe.quantize import QuantizeRecipe, usable
 from quantlab.report.model_card import write_model_card
-from quantlab.results import Run, rebuild_leaderboard
+from quantlab.runs.leaderboard import rebuild_leaderboard
+from quantlab.runs.run import Run
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantlab.commands.guard import print_json
-from quantlab.recipe import bundled_recipes, json_schema
+from quantlab.recipe.load import bundled_recipes, json_schema
 from quantlab.textfile import read_text
 
 

@@ -21,8 +21,9 @@ from quantlab.models.provenance import provenance
 from quantlab.models.refusals import refuse_unusable
 from quantlab.paths import file_digest, find_source, slug
 from quantlab.progress import Progress
-from quantlab.recipe import QuantizeRecipe, Recipe, load_recipe
-from quantlab.results import Run, read_runs
+from quantlab.recipe.load import Recipe, load_recipe
+from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.runs.run import Run, read_runs
 
 WINDOWED = ("perplexity", "fidelity")  # tasks on windows of a text
 COMPARED = ("perplexity", "text2sql", "speed")  # tasks whose numbers are set against the baseline's
@@ -135,7 +136,7 @@ def data_digest(recipe: Recipe, task: str) -> str:
     """16 hexadecimal characters for the data of a task, "" for a task without. DataError for data that is bad."""
     options: Any = recipe.tasks.of(task)
     if task == "text2sql":
-        from quantlab.sql.dataset import digest, load_items, on_the_hub
+        from quantlab.text2sql.data.dataset import digest, load_items, on_the_hub
 
         if on_the_hub(options.data):
             return short_hash([options.data])

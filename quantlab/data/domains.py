@@ -11,8 +11,9 @@ import os
 import re
 import sqlite3
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from quantlab.data.domain_yaml import parse_domain, read_domain
 from quantlab.data.populate import Cell, rows
@@ -22,7 +23,7 @@ from quantlab.paths import DATA, nearest
 
 __all__ = [
     "Cell", "Column", "Domain", "ForeignKey", "Table", "build_database", "domain_names", "load_domain",
-    "parse_domain", "read_domain", "rows",
+    "parse_domain", "read_domain", "rows", "tables_ddl",
 ]  # fmt: skip
 
 DOMAINS = DATA / "ko_text2sql" / "domains"
@@ -50,6 +51,21 @@ def load_domain(name: str) -> Domain:
     if domain.name != name:
         raise DataError(f"{name}.yaml calls itself {domain.name}", hint="name must be the file's name")
     return domain
+
+
+def tables_ddl(name: Any, tables: Any, where: str) -> str:
+    """The DDL of some tables of a bundled domain, for a row (at ``where``) that names them instead of a context."""
+    try:
+        return _tables_ddl(str(name), tuple(tables))
+    except (KeyError, TypeError, ValueError, OSError, DataError) as error:
+        raise DataError(
+            f"{where}: no 'context', and none can be made from 'db' and 'tables': {error}"
+        ) from error
+
+
+@lru_cache(maxsize=4096)
+def _tables_ddl(name: str, tables: tuple[str, ...]) -> str:
+    return str(load_domain(name).ddl(list(tables)))
 
 
 def build_database(domain: Domain, path: Path | str, seed: int = 0) -> None:

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from quantlab.errors import DataError
-from quantlab.sql.dataset import Item
-from quantlab.sql.prompt import Prompt, build_prompts, complete_statement, prompt_encoder
+from quantlab.text2sql.data.item import Item
+from quantlab.text2sql.prompt.prompt import Prompt, build_prompts, complete_statement, prompt_encoder
 
 IGNORED = -100  # label of a token that is not learned
 

@@ -19,26 +19,26 @@ from typing import Any
 from quantlab.errors import DataError, QuantlabError
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Progress
-from quantlab.recipe import DistillRecipe
-from quantlab.recipe_distill import Judge, Teacher
-from quantlab.results import read_jsonl, write_jsonl
-from quantlab.sql.dataset import BadRow, Item, digest, id_notes, load_items, parse_row
-from quantlab.sql.prompt import row_fields
+from quantlab.recipe.distill import DistillRecipe, Judge, Teacher
+from quantlab.runs.run import read_jsonl, write_jsonl
 from quantlab.teacher.client import Gathered, gather
 from quantlab.teacher.estimate import Counter, Estimate, estimate
-from quantlab.teacher.filters import Rejected, clean, summary_table, write_rejected
 from quantlab.teacher.ledger import Ledger, Request
 from quantlab.teacher.local import identity
 from quantlab.teacher.prices import price_of
-from quantlab.teacher.prompts import answer_request, load_prompt, parse_answer
-from quantlab.teacher.questions import (
+from quantlab.text2sql.cleaning.filters import Rejected, clean, summary_table, write_rejected
+from quantlab.text2sql.data.dataset import digest, id_notes, load_items
+from quantlab.text2sql.data.item import BadRow, Item, parse_row
+from quantlab.text2sql.prompt.prompt import row_fields
+from quantlab.text2sql.teaching.judge import Verdict, collect_verdicts, judge_requests, unusable_verdict
+from quantlab.text2sql.teaching.prompts import answer_request, load_prompt, parse_answer
+from quantlab.text2sql.teaching.question_writing import (
     Planned,
     contexts_of,
     plan_writing,
     unusable_pairs,
     written_items,
 )
-from quantlab.teacher.verdicts import Verdict, collect_verdicts, judge_requests, unusable_verdict
 
 BUNDLED = "ko_text2sql"  # its own test and development rows are kept out whatever is evaluated
 

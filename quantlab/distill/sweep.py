@@ -24,8 +24,8 @@ from pydantic import ValidationError
 
 from quantlab.errors import RecipeError
 from quantlab.paths import slug
-from quantlab.recipe import DistillRecipe
-from quantlab.recipe_yaml import Key, Places, explain
+from quantlab.recipe.distill import DistillRecipe
+from quantlab.recipe.yaml_errors import Key, Places, explain
 
 LIMIT = 500  # cells; a larger grid is a slip of the pen
 VALUE_LENGTH, LABEL_LENGTH = 40, 120  # characters of a directory's name

@@ -25,10 +25,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from quantlab.distill import attention
+from quantlab.distill import packed_attention
 from quantlab.distill.data import IGNORED, Block, Example, collate
+from quantlab.distill.fused_lora import one_product
 from quantlab.distill.losses import divergence_sum
-from quantlab.distill.one_product import one_product
 from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.student import Student, train_in_float32
 from quantlab.errors import DataError
@@ -85,7 +85,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Settings:
-    """Plain arguments of a training; what they mean is said in ``quantlab.recipe_distill.Train``."""
+    """Plain arguments of a training; what they mean is said in ``quantlab.recipe.distill.Train``."""
 
     epochs: float = 1.0
     max_steps: int | None = None
@@ -257,11 +257,11 @@ def _by_groups(student: Student) -> bool:
     """On CPUs attention by groups, where the model looks attention up in transformers' table (True); else a dense mask,
     which PyTorch's attention takes."""
     model = student.model.get_base_model() if student.adapted else student.model
-    attention.register()
+    packed_attention.register()
     if not student.device.startswith("cuda"):
         with contextlib.suppress(ValueError):
-            model.set_attn_implementation(attention.NAME)
-            return bool(model.config._attn_implementation == attention.NAME)
+            model.set_attn_implementation(packed_attention.NAME)
+            return bool(model.config._attn_implementation == packed_attention.NAME)
     try:
         model.set_attn_implementation("sdpa")
     except ValueError as error:
@@ -300,7 +300,7 @@ class _Collator:
         batch: dict[str, Any] = dict(collate(chosen, self.pad, self.packed and not self.grouped, multiple))
         batch["numbers"] = torch.tensor([row["block"] for row in rows])
         if self.grouped:
-            batch["packed_layout"] = attention.layout_of(chosen)
+            batch["packed_layout"] = packed_attention.layout_of(chosen)
         return batch
 
 

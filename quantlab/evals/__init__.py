@@ -16,7 +16,7 @@ from quantlab.paths import nearest
 if TYPE_CHECKING:
     from quantlab.models.load import Subject
     from quantlab.progress import Progress
-    from quantlab.results import TaskResult
+    from quantlab.runs.run import TaskResult
 
 TASKS: dict[str, str] = {
     "perplexity": "quantlab.evals.perplexity:evaluate",

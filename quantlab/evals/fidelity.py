@@ -20,8 +20,8 @@ from quantlab.evals.kv_cache import Caches, logits_of
 from quantlab.evals.windows import batch_rows, load_windows, refuse_nan
 from quantlab.models.load import Subject
 from quantlab.progress import Progress
-from quantlab.recipe import FidelityOptions
-from quantlab.results import TaskResult
+from quantlab.recipe.base import FidelityOptions
+from quantlab.runs.run import TaskResult
 
 POSITIONS_AT_ONCE = 256
 

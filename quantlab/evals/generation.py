@@ -21,8 +21,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantlab.evals.kv_cache import Caches
 from quantlab.progress import Advance
-from quantlab.sql.extract import rest_is_nothing, statement_end
-from quantlab.sql.prompt import prompt_encoder
+from quantlab.text2sql.extraction.extract import rest_is_nothing, statement_end
+from quantlab.text2sql.prompt.prompt import prompt_encoder
 
 LOOK_EVERY = 8  # tokens between two looks at a row that has shown no sign of a statement's end
 REST_CHARACTERS = 32  # blanks and closing fences after a statement that are waited through

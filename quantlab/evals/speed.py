@@ -34,8 +34,8 @@ from quantlab.models.disturbance import DISTURBED
 from quantlab.models.files import open_files
 from quantlab.models.memory import available
 from quantlab.progress import Advance, Progress
-from quantlab.recipe import SpeedOptions
-from quantlab.results import TaskResult
+from quantlab.recipe.base import SpeedOptions
+from quantlab.runs.run import TaskResult
 
 KINDS = ("prefill", "decode")
 MOST = 2  # times the rounds that were asked for

@@ -7,7 +7,8 @@ nothing says nothing about a prediction: it is left out of EX, whatever the pred
 `no_evidence`.
 
 An item with a populated database is run on it, one without on witness databases made from its DDL and gold
-(`quantlab.sql.grounds`). An item that cannot be run at all is an error that is not scored, with the reason.
+(`quantlab.text2sql.scoring.databases`). An item that cannot be run at all is an error that is not scored, with the
+reason.
 
 Scoring needs no model: `score` takes outputs, wherever they come from. `rules` sets the verdicts of published
 evaluators beside ours.
@@ -20,19 +21,20 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from quantlab.evals.published import beside, compare_rule
-from quantlab.evals.statistics import wilson
 from quantlab.progress import Progress
-from quantlab.recipe import Text2SqlOptions
-from quantlab.results import VERDICTS, Sample, TaskResult
-from quantlab.sql.dataset import Item, digest, id_notes, load_items
-from quantlab.sql.execution import Verdict
-from quantlab.sql.extract import extract, rest_is_nothing
-from quantlab.sql.grounds import Setting, find_ground, judge_on
-from quantlab.sql.normalize import exact_match
-from quantlab.sql.prompting import choose_shots, make_prompts
-from quantlab.sql.sandbox import Sandbox
-from quantlab.sql.transpile import CLOCK
+from quantlab.recipe.base import Text2SqlOptions
+from quantlab.runs.run import VERDICTS, Sample, TaskResult
+from quantlab.stats import wilson
+from quantlab.text2sql.data.dataset import digest, id_notes, load_items
+from quantlab.text2sql.data.item import Item
+from quantlab.text2sql.dialects.transpile import CLOCK
+from quantlab.text2sql.extraction.extract import extract, rest_is_nothing
+from quantlab.text2sql.prompt.for_model import choose_shots, make_prompts
+from quantlab.text2sql.sandbox.pool import Sandbox
+from quantlab.text2sql.scoring.databases import Setting, find_ground, judge_on
+from quantlab.text2sql.scoring.exact_match import exact_match
+from quantlab.text2sql.scoring.execution import Verdict
+from quantlab.text2sql.scoring.official.evaluators import beside, compare_rule
 
 RULES = (
     "rows as a multiset, as a sequence (up to ties) only when the gold's outermost query sorts; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantlab.recipe import LAYOUTS
+from quantlab.recipe.quantize import LAYOUTS
 
 BITS = {name: held.bits for name, held in LAYOUTS.items()}
 GROUP_SIZES = (16, 32, 64, 128)

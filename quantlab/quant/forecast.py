@@ -36,7 +36,7 @@ from typing import Any
 
 from quantlab.models.files import ModelFiles
 from quantlab.quant.sizes import checkpoint_bytes, quantized_weights, stored_float
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 IDLE = 500_000_000  # bytes of a process that has imported torch and transformers
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # as the engine has it

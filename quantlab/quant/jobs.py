@@ -11,7 +11,7 @@ from quantlab.errors import DataError, MachineError, RecipeError
 from quantlab.formats.shapes import common_group_sizes, refuse, widths
 from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.refusals import refuse_unfit, refuse_unusable
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 BITSANDBYTES = ("bnb-int8", "bnb-fp4", "bnb-nf4")
 HEADROOM = 64 * 2**20  # bytes of disk kept free beyond the estimate

@@ -20,7 +20,8 @@ from quantlab.models.files import ModelFiles, open_files
 from quantlab.progress import Progress
 from quantlab.quant import FOLDING
 from quantlab.quant.jobs import BITSANDBYTES, Job, Outcome, check, group_key
-from quantlab.recipe import Calibration, QuantizeRecipe
+from quantlab.recipe.base import Calibration
+from quantlab.recipe.quantize import QuantizeRecipe
 
 if TYPE_CHECKING:
     import torch

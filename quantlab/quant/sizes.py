@@ -21,7 +21,7 @@ from collections import Counter
 
 from quantlab.models.files import ModelFiles, TensorInfo
 from quantlab.models.header import Entry, file_bytes
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quantlab.errors import DataError
-from quantlab.results import VERDICTS, flips, mcnemar_exact, wilson
+from quantlab.runs.run import VERDICTS
+from quantlab.stats import flips, mcnemar_exact, wilson
 
 Sample = Mapping[str, Any]
 LEVELS = ("easy", "medium", "hard")  # the order of rows; other levels follow

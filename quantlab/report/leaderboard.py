@@ -12,7 +12,7 @@ from typing import Any
 
 from quantlab.errors import RecipeError
 from quantlab.paths import nearest, slug
-from quantlab.results import COLUMNS
+from quantlab.runs.leaderboard import COLUMNS
 
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str], bool]

@@ -132,6 +132,6 @@ def _snippet(recipe: Mapping[str, Any]) -> str:
             'inputs = tokenizer("SELECT", return_tensors="pt").to(model.device)\n'
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"
         )
-    from quantlab.sql.prompt import INSTRUCTION
+    from quantlab.text2sql.prompt.prompt import INSTRUCTION
 
     return SNIPPET.replace("{instruction}", INSTRUCTION)

@@ -18,7 +18,7 @@ from quantlab.report.html import document, table
 from quantlab.report.leaderboard import Column, Row, accuracy, flipped, number
 from quantlab.report.svg import finite
 from quantlab.report.sweep_grid import Axes, arrange, describe, keys_of, names_of, say, split_axis, spread
-from quantlab.results import COLUMNS, cell
+from quantlab.runs.leaderboard import COLUMNS, cell
 
 NAMED = 40  # missing cells that are named one by one
 

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from quantlab.progress import Progress
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.job import Accept, Gathered, Job, Spending
 from quantlab.teacher.ledger import Ledger, Request
 from quantlab.teacher.live import Live

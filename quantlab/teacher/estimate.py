@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.ledger import Ledger, Request, canonical, request_key
 from quantlab.teacher.local import identity
 from quantlab.teacher.prices import cost, price_of

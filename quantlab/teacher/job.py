@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from quantlab.errors import RecipeError
 from quantlab.progress import Advance
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.budget import Ask, Fate, Limits, settle, sweep
 from quantlab.teacher.estimate import Counter, complete
 from quantlab.teacher.ledger import Answer, Ledger, Request, Totals, request_key

@@ -24,8 +24,7 @@ from typing import Any
 
 from quantlab.errors import DataError
 from quantlab.paths import file_digest, find_source
-from quantlab.recipe_distill import Endpoint
-from quantlab.sql.dataset import check_evidence, parse_row
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.ledger import Answer, Ledger, Request, content_key
 from quantlab.textfile import json_lines
 
@@ -127,8 +126,11 @@ def _read_line(
     ):
         context = row.get("context")
         if context is None and "db" in row and "tables" in row:  # the bundled rows name their domain instead
-            context = parse_row(row, where).context
-        check_evidence(row.get("evidence"), where)
+            from quantlab.data.domains import tables_ddl
+
+            context = tables_ddl(row["db"], row["tables"], where)
+        if not isinstance(row.get("evidence"), str | None):
+            raise DataError(f"{where}: 'evidence' must be text")
         context = context if isinstance(context, str) else None
         entry = RecordedRow(context, _plain(row.get("evidence") or ""), row["answer"])
         by_question.setdefault(_plain(row["question"]), []).append(entry)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from quantlab.errors import DataError
-from quantlab.recipe_distill import Price
+from quantlab.recipe.distill import Price
 from quantlab.textfile import read_text
 
 TABLE = Path(__file__).with_name("prices.yaml")

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from quantlab.errors import DataError, MachineError, QuantlabError
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.budget import Fate
 from quantlab.teacher.replies import join_events, message_text
 from quantlab.textfile import MARK, parse_json

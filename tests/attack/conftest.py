@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantlab.sql.sandbox import Execution, Limits, Sandbox
+from quantlab.text2sql.sandbox.pool import Execution, Limits, Sandbox
 
 LIMITS = Limits(
     seconds=0.6, grace=0.4, steps=3_000_000, rows=10_000, result_bytes=2_000_000, memory_bytes=64 * 2**20

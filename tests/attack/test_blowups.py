@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quantlab.sql.sandbox import Limits, Sandbox
+from quantlab.text2sql.sandbox.pool import Limits, Sandbox
 
 ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r)"
 MANY = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r LIMIT 100000)"

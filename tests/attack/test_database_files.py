@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantlab.sql.sandbox import Sandbox
+from quantlab.text2sql.sandbox.pool import Sandbox
 
 COUNT = "SELECT COUNT(*) FROM players"
 

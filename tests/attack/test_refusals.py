@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quantlab.sql.sandbox import Sandbox
+from quantlab.text2sql.sandbox.pool import Sandbox
 
 WRITES = [
     "DELETE FROM players",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quantlab.sql.sandbox import Execution, Sandbox, Trial
+from quantlab.text2sql.sandbox.pool import Execution, Sandbox, Trial
 
 CREATE = """
 CREATE TABLE "부 서" (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE CHECK (length(name) < 20));

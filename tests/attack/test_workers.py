@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from quantlab.sql.frames import read_frame
-from quantlab.sql.sandbox import Limits, Sandbox
-from quantlab.sql.worker import Worker
+from quantlab.text2sql.sandbox.messages import read_frame
+from quantlab.text2sql.sandbox.pool import Limits, Sandbox
+from quantlab.text2sql.sandbox.worker import Worker
 
 ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT COUNT(*) FROM r"
 HANG = "SELECT instr(hex(zeroblob(450000)), hex(zeroblob(200000)) || '1')"
@@ -87,7 +87,7 @@ def test_an_orphan_ends_by_itself(victim: Path) -> None:
 @posix
 def test_idle_workers_end_with_their_parent(victim: Path) -> None:
     program = (
-        "import os, sys; from quantlab.sql.sandbox import Sandbox\n"
+        "import os, sys; from quantlab.text2sql.sandbox.pool import Sandbox\n"
         "sandbox = Sandbox(workers=2)\n"
         "list(sandbox.map(lambda sql: sandbox.run(sys.argv[1], sql), ['SELECT 1'] * 20))\n"
         "print(*[one.process.pid for one in sandbox._all if one.process], flush=True)\n"

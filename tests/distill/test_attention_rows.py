@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantlab.distill.attention import layout_of
-from quantlab.distill.attention_rows import grouped_attention
 from quantlab.distill.data import Block, Example, collate, pack
+from quantlab.distill.packed_attention import grouped_attention, layout_of
 
 
 def blocks(seed: int, how: str = "shared", max_len: int = 120) -> list[Block]:

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from quantlab.distill import attention
+from quantlab.distill import packed_attention
 from quantlab.distill.data import IGNORED, Block, Example, collate, encode, encode_texts, pack, split_off
 from quantlab.errors import DataError
 from quantlab.models.files import open_files
 from quantlab.models.load import load_subject, load_tokenizer
-from quantlab.sql.dataset import Item
-from quantlab.sql.prompt import build_prompt
+from quantlab.text2sql.data.item import Item
+from quantlab.text2sql.prompt.prompt import build_prompt
 
 from ..conftest import byte_tokenizer
 
@@ -135,11 +135,11 @@ def test_shared_beginnings_are_stored_once() -> None:
 def losses(model: Any, blocks: Sequence[Block], how: str) -> tuple[float, torch.Tensor]:
     """Loss per learned token and the gradients, computed in one of three ways."""
     model.zero_grad()
-    model.set_attn_implementation(attention.NAME if how == "groups" else "sdpa")
+    model.set_attn_implementation(packed_attention.NAME if how == "groups" else "sdpa")
     batch = collate(blocks, 0, how != "separate")
     extra: dict[str, Any] = {"attention_mask": batch["attention_mask"]}
     if how == "groups":
-        extra = {"packed_layout": attention.layout_of(blocks)}
+        extra = {"packed_layout": packed_attention.layout_of(blocks)}
     logits = model(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **extra
     ).logits
@@ -152,7 +152,7 @@ def losses(model: Any, blocks: Sequence[Block], how: str) -> tuple[float, torch.
 
 @pytest.mark.parametrize("packing", ["rows", "shared"])
 def test_packed_training_is_the_training_of_separate_rows(tiny: Path, packing: str) -> None:
-    attention.register()
+    packed_attention.register()
     model = load_subject(tiny, device="cpu", dtype="float32").model
     rows = families(seed=3)
     wanted, gradient = losses(model, pack(rows, "none", 120), "separate")
@@ -163,9 +163,9 @@ def test_packed_training_is_the_training_of_separate_rows(tiny: Path, packing: s
 
 
 def test_without_a_layout_the_packed_attention_is_ordinary(tiny: Path) -> None:
-    attention.register()
+    packed_attention.register()
     model = load_subject(tiny, device="cpu", dtype="float32").model
     ids = torch.arange(1, 41)[None]
     wanted = model(ids).logits
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(packed_attention.NAME)
     assert torch.allclose(model(ids).logits, wanted, atol=1e-5)

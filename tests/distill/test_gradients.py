@@ -17,7 +17,7 @@ from quantlab.progress import Silent
 from quantlab.quant.bnb import bnb_config
 from quantlab.quant.grid import Quantized
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(1, 65)[None]

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from quantlab.distill.one_product import one_product
+from quantlab.distill.fused_lora import one_product
 from quantlab.distill.student import open_student, probe
 
 

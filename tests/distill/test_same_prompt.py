@@ -25,12 +25,13 @@ from quantlab.evals import text2sql
 from quantlab.evals.generation import Generation
 from quantlab.models.load import load_subject
 from quantlab.progress import Silent
-from quantlab.recipe import DistillRecipe, parse_recipe
-from quantlab.recipe_distill import Judge, Teacher
-from quantlab.results import read_jsonl
-from quantlab.sql.dataset import Item, load_items, parse_row
-from quantlab.sql.prompt import build_prompt, prompt_encoder
+from quantlab.recipe.distill import DistillRecipe, Judge, Teacher
+from quantlab.recipe.load import parse_recipe
+from quantlab.runs.run import read_jsonl
 from quantlab.teacher.ledger import content_key
+from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.data.item import Item, parse_row
+from quantlab.text2sql.prompt.prompt import build_prompt, prompt_encoder
 
 from ..conftest import byte_tokenizer
 

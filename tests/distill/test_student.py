@@ -24,7 +24,7 @@ from quantlab.models.files import open_files
 from quantlab.models.load import load_subject
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 
 @pytest.fixture(scope="module")

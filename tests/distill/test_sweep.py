@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from quantlab.distill.sweep import LABEL_LENGTH, LIMIT, cells, describe, spread
 from quantlab.errors import RecipeError
-from quantlab.recipe import DistillRecipe, parse_recipe
+from quantlab.recipe.distill import DistillRecipe
+from quantlab.recipe.load import parse_recipe
 
 PLAIN = "kind: distill\nstudent: {model: embedded:base}\n"
 

@@ -13,7 +13,7 @@ from quantlab.errors import DataError, RecipeError
 from quantlab.evals.fidelity import compare_logits, evaluate, percentile
 from quantlab.models.load import Subject
 from quantlab.progress import Silent
-from quantlab.recipe import FidelityOptions
+from quantlab.recipe.base import FidelityOptions
 
 STORY = "Once upon a time there was a little girl named Lily. She liked to play outside in the sun. " * 20
 

@@ -13,7 +13,7 @@ from quantlab.evals import generation
 from quantlab.evals.generation import _Watch as Watch
 from quantlab.evals.generation import generate, pad_left
 from quantlab.models.load import load_subject
-from quantlab.sql.dataset import load_items
+from quantlab.text2sql.data.dataset import load_items
 
 PROMPTS = ["SELECT", "The players like small games. SELECT name", "선수 이름을 모두", "CREATE TABLE players"]
 

@@ -13,7 +13,7 @@ import torch
 from quantlab.errors import RecipeError
 from quantlab.evals import run_task
 from quantlab.progress import Silent
-from quantlab.recipe import TaskOptions
+from quantlab.recipe.base import TaskOptions
 
 pytest.importorskip("lm_eval")
 

@@ -14,9 +14,10 @@ import pytest
 from quantlab.evals.lm_eval_tasks import FOLDER
 from quantlab.evals.text2sql import score
 from quantlab.progress import Silent
-from quantlab.sql.dataset import Item, load_items
-from quantlab.sql.prompt import build_prompt, build_prompts
-from quantlab.sql.shots import select_shots
+from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.data.item import Item
+from quantlab.text2sql.prompt.few_shot import select_shots
+from quantlab.text2sql.prompt.prompt import build_prompt, build_prompts
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -114,7 +115,7 @@ def test_within_quantlab_without_a_path(
     import lm_eval.tasks
 
     from quantlab.evals import run_task
-    from quantlab.recipe import TaskOptions
+    from quantlab.recipe.base import TaskOptions
 
     original, defaults = lm_eval.tasks.TaskManager, []
 

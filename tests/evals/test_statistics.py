@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from quantlab.evals import NEEDS_BASELINE, TASKS, run_task
-from quantlab.evals.statistics import mcnemar_exact, wilson
 from quantlab.progress import Silent
+from quantlab.stats import mcnemar_exact, wilson
 
 
 @pytest.mark.parametrize(

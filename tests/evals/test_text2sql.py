@@ -11,8 +11,9 @@ import pytest
 
 from quantlab.evals.text2sql import evaluate, score, summarize
 from quantlab.progress import Silent
-from quantlab.recipe import Text2SqlOptions
-from quantlab.sql.dataset import Item, load_items
+from quantlab.recipe.base import Text2SqlOptions
+from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.data.item import Item
 
 DDL = "CREATE TABLE players (name TEXT, score INTEGER);"
 GOLDS = [

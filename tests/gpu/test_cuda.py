@@ -13,7 +13,7 @@ from quantlab.progress import Silent
 from quantlab.quant.gptq import solve_gptq
 from quantlab.quant.grid import Grid, layer_loss
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

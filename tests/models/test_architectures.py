@@ -22,7 +22,7 @@ from quantlab.models.load import load_subject
 from quantlab.models.refusals import refuse_unfit
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 from tests.conftest import WORDS, byte_tokenizer
 from tests.models.tiny_architectures import ARCHITECTURES, COMMON, GROUPED, MIXTURES, write_architecture
 

@@ -22,7 +22,7 @@ from quantlab.models.vocabulary import embedding_rows, refuse_foreign_tokens, st
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job, check
 from quantlab.quant.pipeline import quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 METHODS = ("none", "rtn", "gptq", "awq", "fp8", "bnb-int8", "bnb-fp4", "bnb-nf4")
 

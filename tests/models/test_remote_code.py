@@ -13,7 +13,7 @@ from quantlab.models.remote_code import named_code
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job
 from quantlab.quant.pipeline import quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 CONFIGURATION = (
     "from transformers import LlamaConfig\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"

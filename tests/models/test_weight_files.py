@@ -19,7 +19,7 @@ from quantlab.models.weight_files import find_weight_files
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job
 from quantlab.quant.pipeline import quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 INDEX = "model.safetensors.index.json"
 

@@ -12,7 +12,7 @@ from quantlab.models.precision import cpu_multiplies
 from quantlab.progress import Silent
 from quantlab.quant.bnb import bnb_config
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 from ..conftest import write_tiny
 

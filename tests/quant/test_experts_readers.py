@@ -16,7 +16,7 @@ from quantlab.models.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job
 from quantlab.quant.pipeline import quantize
-from quantlab.recipe import LAYOUTS, QuantizeRecipe
+from quantlab.recipe.quantize import LAYOUTS, QuantizeRecipe
 from quantlab.report.model_card import write_model_card
 from tests.conftest import byte_tokenizer
 

@@ -21,7 +21,7 @@ from quantlab.quant.forecast import Rates, forecast, together
 from quantlab.quant.grid import Grid, round_to_grid
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.quant.sizes import checkpoint_bytes, packed_entries
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 from ..conftest import write_tiny
 
@@ -151,7 +151,7 @@ def test_forecasting_needs_no_torch(tiny: Path) -> None:
         "import sys\n"
         "from quantlab.models.files import open_files\n"
         "from quantlab.quant.forecast import Rates, forecast\n"
-        "from quantlab.recipe import QuantizeRecipe\n"
+        "from quantlab.recipe.quantize import QuantizeRecipe\n"
         "one = QuantizeRecipe.model_validate({'method': 'gptq', 'group_size': 32})\n"
         "print(forecast(one, open_files(sys.argv[1]), Rates(1e11, 1e11, 1e9, 1e9)).size_bytes)\n"
         "assert 'torch' not in sys.modules\n"

@@ -17,7 +17,7 @@ from quantlab.formats import layout
 from quantlab.models.load import load_subject
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, Outcome, check, quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 from ..conftest import SHARED, write_tiny
 
@@ -246,7 +246,7 @@ from pathlib import Path
 from quantlab.errors import MachineError
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 method, model, out = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 recipe = QuantizeRecipe.model_validate({"method": method})

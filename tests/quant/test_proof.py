@@ -22,7 +22,7 @@ from quantlab.quant.intended import Expected, Probe, expected_of, probe_rows, st
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.quant.proof import Claim, compare, prove, require, tolerance
 from quantlab.quant.view import BlockResult
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 ROWS = probe_rows(None, 257, tokens=32)
 NOTHING = Expected(torch.zeros(2, 32, 256), torch.zeros(2, 32, 256))  # one column too few

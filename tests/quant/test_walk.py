@@ -17,7 +17,7 @@ from quantlab.progress import Silent
 from quantlab.quant.gptq import prepare, solve_many
 from quantlab.quant.grid import Grid, layer_loss
 from quantlab.quant.pipeline import Job, Outcome, quantize
-from quantlab.recipe import QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
 
 
 def recipe(source: Path, method: str = "gptq", **keys: Any) -> QuantizeRecipe:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from quantlab.errors import DataError
 from quantlab.report.distillation import as_dict, as_html, as_markdown, as_text, compare, tables
-from quantlab.results import VERDICTS, Sample, mcnemar_exact, wilson
+from quantlab.runs.run import VERDICTS, Sample
+from quantlab.stats import mcnemar_exact, wilson
 
 Row = dict[str, Any]
 

@@ -15,7 +15,8 @@ from quantlab.report import svg
 from quantlab.report.axis_plot import COLOURS, axis_plot, choose_metric
 from quantlab.report.sweep_grid import arrange, key_of, say
 from quantlab.report.sweep_plots import page, write_sweep
-from quantlab.results import COLUMNS, wilson
+from quantlab.runs.leaderboard import COLUMNS
+from quantlab.stats import wilson
 
 Axes = dict[str, list[Any]]
 GRID: Axes = {"student.lora.r": [4, 16, 64], "data.fraction": [0.2, 0.4, 0.6, 0.8, 1.0]}

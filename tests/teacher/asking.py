@@ -8,7 +8,7 @@ from typing import Any
 
 from hostile_server import HostileServer, fingerprint
 
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.job import Gathered
 from quantlab.teacher.ledger import Request
 

@@ -15,7 +15,7 @@ from test_client import bill
 
 from quantlab.errors import QuantlabError
 from quantlab.progress import Silent
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.batch_api import _Batches
 from quantlab.teacher.client import gather
 from quantlab.teacher.job import Gathered
@@ -51,7 +51,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from asking import accept, some_requests
 from quantlab.progress import Silent
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.client import gather
 asked = Endpoint.model_validate_json(sys.argv[2])
 gather(some_requests(20), asked, Path(sys.argv[1]), Silent(), accept=accept, poll=0.1)

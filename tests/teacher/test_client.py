@@ -19,7 +19,7 @@ from hostile_server import HostileServer
 
 from quantlab.errors import MachineError, QuantlabError, RecipeError
 from quantlab.progress import Lines, Silent
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.client import gather
 from quantlab.teacher.ledger import Ledger
 from quantlab.teacher.live import Throttle
@@ -83,7 +83,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from asking import accept, some_requests
 from quantlab.progress import Silent
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.client import gather
 asked = Endpoint.model_validate_json(sys.argv[2])
 g = gather(some_requests(500)[:: int(sys.argv[4])], asked, Path(sys.argv[1]), Silent(), accept=accept, period=2.0)
@@ -374,7 +374,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from asking import some_requests
 from quantlab.progress import Silent
-from quantlab.recipe_distill import Endpoint
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.client import gather
 class Interrupted(BaseException): pass
 def handler(number, frame): raise Interrupted

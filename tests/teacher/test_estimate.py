@@ -13,7 +13,7 @@ from hostile_server import HostileServer
 
 from quantlab.errors import DataError
 from quantlab.progress import Silent
-from quantlab.recipe_distill import Endpoint, Price
+from quantlab.recipe.distill import Endpoint, Price
 from quantlab.teacher.client import gather
 from quantlab.teacher.estimate import Counter, complete, estimate, guess_tokens
 from quantlab.teacher.ledger import Request

@@ -11,12 +11,12 @@ from asking import some_requests
 
 from quantlab.errors import DataError
 from quantlab.progress import Silent
-from quantlab.recipe_distill import Endpoint
-from quantlab.sql.prompt import INSTRUCTION
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.client import gather
 from quantlab.teacher.estimate import estimate
 from quantlab.teacher.ledger import Answer, Ledger, Request, request_key
 from quantlab.teacher.local import identity, load_recorded
+from quantlab.text2sql.prompt.prompt import INSTRUCTION
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -91,7 +91,7 @@ def test_text2sql_rows_are_found_by_question_and_context(tmp_path: Path) -> None
 
 
 def test_the_bundled_rows_are_recorded_answers(tmp_path: Path) -> None:
-    from quantlab.sql.dataset import load_items
+    from quantlab.text2sql.data.dataset import load_items
 
     items = load_items("ko_text2sql:test", limit=20)
     requests = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import DataError
-from quantlab.recipe_distill import Price
+from quantlab.recipe.distill import Price
 from quantlab.teacher.prices import TABLE, cost, load_table, price_of
 
 

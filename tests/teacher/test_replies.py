@@ -18,12 +18,12 @@ from test_client import bill
 
 from quantlab.distill.prepare import ask_judge
 from quantlab.progress import Silent
-from quantlab.recipe_distill import Judge
-from quantlab.sql.dataset import load_items
+from quantlab.recipe.distill import Judge
 from quantlab.teacher.client import gather
 from quantlab.teacher.ledger import Ledger
 from quantlab.teacher.replies import join_events, message_text
 from quantlab.teacher.transport import read_completion
+from quantlab.text2sql.data.dataset import load_items
 
 ROOT = Path(__file__).parents[2]
 WAYS: dict[str, dict[str, Any]] = {"live": {}, "streamed": {"stream": True}, "batch": {}}

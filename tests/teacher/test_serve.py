@@ -16,11 +16,11 @@ import pytest
 from serving import chat_model
 
 from quantlab.progress import Silent
-from quantlab.recipe_distill import Endpoint
-from quantlab.sql.prompt import build_prompt
+from quantlab.recipe.distill import Endpoint
 from quantlab.teacher.client import gather
 from quantlab.teacher.estimate import estimate
 from quantlab.teacher.ledger import Request
+from quantlab.text2sql.prompt.prompt import build_prompt
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")

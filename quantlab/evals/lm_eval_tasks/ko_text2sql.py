@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import DataError
 from quantlab.evals.text2sql import score_one
-from quantlab.results import VERDICTS
-from quantlab.sql.dataset import Item, load_items
-from quantlab.sql.prompt import complete_statement, item_prompt
-from quantlab.sql.sandbox import Sandbox
-from quantlab.sql.shots import SOURCE, select_shots
+from quantlab.runs.run import VERDICTS
+from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.data.item import Item
+from quantlab.text2sql.prompt.few_shot import SOURCE, select_shots
+from quantlab.text2sql.prompt.prompt import complete_statement, item_prompt
+from quantlab.text2sql.sandbox.pool import Sandbox
 
 if TYPE_CHECKING:
     from datasets import Dataset

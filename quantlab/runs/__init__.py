@@ -1,0 +1,1 @@
+"""What runs leave behind: a directory each, and the leaderboard made from them."""

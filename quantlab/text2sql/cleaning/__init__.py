@@ -1,0 +1,1 @@
+"""Which rows of a training set stay: syntax, names, execution, the judge, duplicates."""

@@ -1,0 +1,1 @@
+"""The SQL in what a model wrote: candidate statements, the first complete one."""

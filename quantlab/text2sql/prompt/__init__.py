@@ -1,0 +1,1 @@
+"""What a model is shown: the prompt, its examples, the tables that a question needs."""

@@ -1,0 +1,1 @@
+"""The rules of published evaluators, rewritten, to stand beside execution accuracy."""

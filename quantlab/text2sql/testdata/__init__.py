@@ -1,0 +1,1 @@
+"""Witness databases: rows on which a gold query and its mutants give different results."""
