@@ -32,8 +32,8 @@ import torch
 from peers import machine
 
 from quantlab.evals.perplexity import evaluate
-from quantlab.models.files import open_files
 from quantlab.models.load import Subject, load_subject, quiet_libraries
+from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.base import PerplexityOptions

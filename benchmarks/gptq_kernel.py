@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 import torch
 
-from quantlab.quant.gptq import inverse_factor
 from quantlab.quant.grid import Grid, decode, encode, fit
 from quantlab.quant.kernels import available
+from quantlab.quant.methods.gptq import inverse_factor
 
 LAYERS, TOKENS = 32, 128 * 2048
 SOLVES = {  # rows and columns

@@ -160,7 +160,7 @@ class Comparison:
 
     def _peer(self, tool: str, rows: Path, seed: int) -> None:
         """All variants of one peer, in one process of its environment."""
-        from quantlab.models.files import open_files
+        from quantlab.models.safetensors.files import open_files
 
         files = open_files(self.subject.model)
         model = files.path.resolve()

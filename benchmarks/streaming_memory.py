@@ -32,7 +32,8 @@ IDLE = (
     "import accelerate, safetensors.torch, torch, transformers\n"
     "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM\n"
     "import quantlab.cli, quantlab.commands.quantize\n"
-    "import quantlab.models.load, quantlab.quant.engine, quantlab.quant.gptq, quantlab.quant.awq_block\n"
+    "import quantlab.models.load, quantlab.quant.sequential\n"
+    "import quantlab.quant.methods.gptq, quantlab.quant.methods.awq_block\n"
 )
 
 

@@ -63,7 +63,7 @@ def test_shards_change_no_value(tmp_path: Path) -> None:
 def test_transformers_loads_what_was_described(tmp_path: Path, tied: bool) -> None:
     from random_llama import build, parameters
 
-    from quantlab.models.files import open_files
+    from quantlab.models.safetensors.files import open_files
 
     shape = tiny(tied=tied, shard_bytes=20000)
     model = loaded(build(tmp_path / "m", shape))
@@ -89,8 +89,8 @@ def test_text_of_rows_gives_the_same_rows_to_quantlab(tmp_path: Path) -> None:
     from random_llama import build, random_rows, text_of_rows
 
     from quantlab.calibration import read_texts, token_rows
-    from quantlab.models.files import open_files
     from quantlab.models.load import load_tokenizer
+    from quantlab.models.safetensors.files import open_files
 
     tokenizer = load_tokenizer(open_files(build(tmp_path / "m", tiny())))
     rows = random_rows(50, 7, 16, seed=3)

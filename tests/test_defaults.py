@@ -13,7 +13,7 @@ from quantlab.calibration import read_texts
 from quantlab.commands.defaults import note_texts, settle
 from quantlab.commands.work import check_lengths
 from quantlab.errors import RecipeError
-from quantlab.models.files import ModelFiles, open_files
+from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.paths import bundled_sources
 from quantlab.recipe.load import EvaluateRecipe, Recipe, bundled_recipes, load_recipe, parse_recipe
 from quantlab.recipe.quantize import QuantizeRecipe

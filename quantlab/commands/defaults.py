@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from quantlab.formats.readers import transformers_reads
-from quantlab.models.files import ModelFiles
 from quantlab.models.provenance import is_embedded
+from quantlab.models.safetensors.files import ModelFiles
 from quantlab.recipe.base import BaseRecipe
 from quantlab.recipe.load import parse_settled
 from quantlab.recipe.quantize import QuantizeRecipe

@@ -25,8 +25,8 @@ from quantlab.commands.work import (
 from quantlab.distill.prepare import prepare, read_source
 from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.sweep import Cell
-from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.provenance import provenance
+from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Progress
 from quantlab.quant.checkpoint import partial_path

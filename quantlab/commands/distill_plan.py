@@ -23,8 +23,8 @@ from quantlab.commands.work import (
 from quantlab.distill.prepare import Source, estimates, read_source
 from quantlab.distill.sweep import Cell
 from quantlab.errors import MachineError, RecipeError
-from quantlab.models.files import ModelFiles
 from quantlab.models.provenance import provenance
+from quantlab.models.safetensors.files import ModelFiles
 from quantlab.paths import file_digest, find_source, slug
 from quantlab.recipe.distill import DistillRecipe
 from quantlab.recipe.quantize import QuantizeRecipe

@@ -25,8 +25,8 @@ from quantlab.commands.work import (
     stored_as,
 )
 from quantlab.errors import RecipeError
-from quantlab.models.files import ModelFiles
 from quantlab.models.provenance import provenance
+from quantlab.models.safetensors.files import ModelFiles
 from quantlab.progress import Progress, default_progress
 from quantlab.recipe.load import EvaluateRecipe, parse_recipe
 from quantlab.runs.leaderboard import rebuild_leaderboard

@@ -16,10 +16,10 @@ from quantlab.commands.defaults import settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
 from quantlab.commands.quantize import check_device, load_recipes
 from quantlab.commands.work import open_model
-from quantlab.models.files import ModelFiles
-from quantlab.quant.forecast import Forecast, Rates, together
+from quantlab.models.safetensors.files import ModelFiles
+from quantlab.quant.estimate.checkpoint_size import stored_float
+from quantlab.quant.estimate.forecast import Forecast, Rates, together
 from quantlab.quant.pipeline import check
-from quantlab.quant.sizes import stored_float
 from quantlab.recipe.quantize import QuantizeRecipe
 
 TORCH = {"BF16": "bfloat16", "F16": "float16"}
@@ -118,7 +118,7 @@ def _measure(device: str, files: ModelFiles, options: Options) -> Rates:
     import torch
 
     from quantlab.models.precision import computed_in
-    from quantlab.quant.rates import measure
+    from quantlab.quant.estimate.machine_speed import measure
 
     kind = stored_float(files, "auto")
     return measure(device, computed_in(getattr(torch, TORCH[kind]), device))

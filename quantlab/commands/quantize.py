@@ -33,8 +33,8 @@ from quantlab.commands.work import (
 from quantlab.errors import DataError, RecipeError
 from quantlab.evals import NEEDS_BASELINE
 from quantlab.formats.readers import Readers, readers
-from quantlab.models.files import ModelFiles
 from quantlab.models.provenance import provenance
+from quantlab.models.safetensors.files import ModelFiles
 from quantlab.paths import slug
 from quantlab.progress import Progress, default_progress
 from quantlab.quant.pipeline import Job, Outcome, Settings, check, quantize

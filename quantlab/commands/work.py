@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 from quantlab import __version__
 from quantlab.calibration import read_texts
 from quantlab.errors import RecipeError
-from quantlab.models.files import DTYPE_BYTES, ModelFiles, open_files
 from quantlab.models.provenance import provenance
 from quantlab.models.refusals import refuse_unusable
+from quantlab.models.safetensors.files import DTYPE_BYTES, ModelFiles, open_files
 from quantlab.paths import file_digest, find_source, slug
 from quantlab.progress import Progress
 from quantlab.recipe.load import Recipe, load_recipe

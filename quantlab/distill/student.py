@@ -20,9 +20,9 @@ from torch import nn
 
 from quantlab.errors import DataError, MachineError
 from quantlab.models.companions import copy_companions
-from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.load import compute_bnb_in, load_subject, packed_as, pick_device
-from quantlab.quant.bnb import bnb_config
+from quantlab.models.safetensors.files import ModelFiles, open_files
+from quantlab.quant.methods.bnb import bnb_config
 
 UNIT_ROWS = 1024  # unit vectors sent through a layer at once when its weights are read
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TASKS: dict[str, str] = {
     "perplexity": "quantlab.evals.perplexity:evaluate",
     "text2sql": "quantlab.evals.text2sql:evaluate",
-    "fidelity": "quantlab.evals.fidelity:evaluate",
+    "fidelity": "quantlab.evals.kl_divergence:evaluate",
     "lm-eval": "quantlab.evals.harness:evaluate",  # `lm-eval:<name>`, the name travels in the options
 }
 

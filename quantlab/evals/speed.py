@@ -31,8 +31,8 @@ from typing import Any
 
 from quantlab.evals.speed_process import SpeedProcess
 from quantlab.models.disturbance import DISTURBED
-from quantlab.models.files import open_files
 from quantlab.models.memory import available
+from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Advance, Progress
 from quantlab.recipe.base import SpeedOptions
 from quantlab.runs.run import TaskResult

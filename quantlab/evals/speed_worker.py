@@ -67,7 +67,7 @@ class Bench:
     """One model and the work that is timed. ``asked``: ref, dtype, device, trust_remote_code, options, kv_cache."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
-        from quantlab.models.files import open_files
+        from quantlab.models.safetensors.files import open_files
 
         self.asked = asked
         _imports((open_files(asked["ref"]).quantized or {}).get("quant_method"))
@@ -81,7 +81,7 @@ class Bench:
         import torch
 
         from quantlab.evals.kv_cache import Caches
-        from quantlab.models.held import held_bytes
+        from quantlab.models.held_memory import held_bytes
         from quantlab.models.load import load_subject, packed_as
         from quantlab.recipe.base import KvCacheOptions, SpeedOptions
 

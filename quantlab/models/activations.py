@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 from quantlab.errors import DataError, MachineError
-from quantlab.models.durable import sync_folder
-from quantlab.models.tensors import read_exactly
+from quantlab.models.safetensors.durable import sync_folder
+from quantlab.models.safetensors.tensors import read_exactly
 from quantlab.paths import atomic_write_text
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}

@@ -6,8 +6,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from quantlab.models.durable import sync_file
 from quantlab.models.remote_code import named_code
+from quantlab.models.safetensors.durable import sync_file
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

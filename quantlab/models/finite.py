@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from quantlab.errors import DataError
-from quantlab.models.files import ModelFiles, TensorInfo, read_header
+from quantlab.models.safetensors.files import ModelFiles, TensorInfo, read_header
 
 # The type that a number's bits are read as, and the bits that are all set in NaN and infinity alone.
 EXPONENTS: dict[str, tuple[type[np.unsignedinteger], int]] = {

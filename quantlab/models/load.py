@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from quantlab.errors import DataError, MachineError, first_line
-from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.packed_experts import separated
 from quantlab.models.precision import computed_in
+from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.models.vocabulary import embedding_rows, refuse_beyond
 
 # gptqmodel sizes its pools for a server unless told; it reads this once, at import.

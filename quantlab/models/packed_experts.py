@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import nn
 
-from quantlab.models.blocks import find_blocks, skeleton
+from quantlab.models.blockwise import find_blocks, skeleton
 from quantlab.models.experts import merged, separate
-from quantlab.models.files import ModelFiles, has_experts
-from quantlab.models.names import Names, conversions
+from quantlab.models.safetensors.files import ModelFiles, has_experts
+from quantlab.models.weight_names import Names, conversions
 
 
 def separated(files: ModelFiles, dtype: Any, trust_remote_code: bool) -> tuple[type, dict[str, Any]] | None:
@@ -32,7 +32,7 @@ def separated(files: ModelFiles, dtype: Any, trust_remote_code: bool) -> tuple[t
     None where plain transformers does: no experts, none quantized, or kept apart by its own classes.
 
     Raises:
-        DataError: as :func:`quantlab.models.blocks.skeleton` and :func:`quantlab.models.experts.separate`.
+        DataError: as :func:`quantlab.models.blockwise.skeleton` and :func:`quantlab.models.experts.separate`.
     """
     config = files.quantized
     if config is None or config.get("quant_method") not in ("gptq", "awq"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError
-from quantlab.models.files import ModelFiles
+from quantlab.models.safetensors.files import ModelFiles
 from quantlab.textfile import read_json
 
 LONGEST_CHAIN = 8

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from quantlab.errors import DataError
-from quantlab.models.files import ModelFiles
+from quantlab.models.safetensors.files import ModelFiles
 from quantlab.models.vocabulary import refuse_foreign_tokens
 
 # Heads of models that do not continue text from left to right, as they end the names of transformers' classes.

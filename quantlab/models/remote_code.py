@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantlab.models.weight_files import read_json, stays_inside
+from quantlab.models.safetensors.weight_files import read_json, stays_inside
 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError
-from quantlab.models.files import ModelFiles, TensorInfo
+from quantlab.models.safetensors.files import ModelFiles, TensorInfo
 
 LOOKUP = re.compile(
     r"(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|token_embedding|embeddings?)\.weight$"

@@ -14,10 +14,10 @@ from importlib import import_module
 from typing import Any
 
 METHODS: dict[str, str] = {
-    "rtn": "quantlab.quant.rtn:quantize_block",
-    "gptq": "quantlab.quant.gptq:quantize_block",
-    "awq": "quantlab.quant.awq_block:quantize_block",
-    "fp8": "quantlab.quant.fp8:quantize_block",
+    "rtn": "quantlab.quant.methods.rtn:quantize_block",
+    "gptq": "quantlab.quant.methods.gptq:quantize_block",
+    "awq": "quantlab.quant.methods.awq_block:quantize_block",
+    "fp8": "quantlab.quant.methods.fp8:quantize_block",
 }
 
 # Methods that look at calibration data; the others are solved from the weights alone.

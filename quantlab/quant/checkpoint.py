@@ -26,9 +26,9 @@ import torch
 from quantlab import __version__
 from quantlab.errors import DataError, MachineError, RecipeError
 from quantlab.models.companions import copy_companions
-from quantlab.models.durable import replace, sync_folder
-from quantlab.models.files import TensorInfo, read_header
-from quantlab.models.tensors import DTYPES, Source, in_file, in_memory, read_tensor, write_tensors
+from quantlab.models.safetensors.durable import replace, sync_folder
+from quantlab.models.safetensors.files import TensorInfo, read_header
+from quantlab.models.safetensors.tensors import DTYPES, Source, in_file, in_memory, read_tensor, write_tensors
 from quantlab.paths import atomic_write_text
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from quantlab.errors import DataError, MachineError, RecipeError
 from quantlab.formats.shapes import common_group_sizes, refuse, widths
-from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.refusals import refuse_unfit, refuse_unusable
+from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.recipe.quantize import QuantizeRecipe
 
 BITSANDBYTES = ("bnb-int8", "bnb-fp4", "bnb-nf4")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab import __version__
 from quantlab.errors import DataError, MachineError, RecipeError
-from quantlab.models.files import ModelFiles, open_files
+from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.progress import Progress
 from quantlab.quant import FOLDING
 from quantlab.quant.jobs import BITSANDBYTES, Job, Outcome, check, group_key
@@ -26,10 +26,10 @@ from quantlab.recipe.quantize import QuantizeRecipe
 if TYPE_CHECKING:
     import torch
 
-    from quantlab.models.blocks import Opened
-    from quantlab.quant.auto import Choice
-    from quantlab.quant.engine import Plan, Walk
-    from quantlab.quant.intended import Probe
+    from quantlab.models.blockwise import Opened
+    from quantlab.quant.mixed_precision.choose import Choice
+    from quantlab.quant.sequential import Plan, Walk
+    from quantlab.quant.verify.reference_logits import Probe
 
 __all__ = ["Job", "Outcome", "Settings", "check", "quantize"]
 
@@ -111,10 +111,10 @@ def _bitsandbytes(
 ) -> Outcome:
     from safetensors import SafetensorError
 
-    from quantlab.models.blocks import dtype_of
+    from quantlab.models.blockwise import dtype_of
     from quantlab.models.companions import copy_companions
-    from quantlab.quant.bnb import quantize_bnb
     from quantlab.quant.checkpoint import partial_path
+    from quantlab.quant.methods.bnb import quantize_bnb
 
     started = time.perf_counter()
     work = partial_path(job.out)
@@ -154,7 +154,7 @@ class _Run:
     def __init__(
         self, jobs: Sequence[Job], files: ModelFiles, device: str, progress: Progress, settings: Settings
     ) -> None:
-        from quantlab.models.blocks import Opened, dtype_of
+        from quantlab.models.blockwise import Opened, dtype_of
         from quantlab.models.memory import map_large, resident
         from quantlab.models.precision import computed_in
 
@@ -172,7 +172,7 @@ class _Run:
         self.settled: dict[str, Plan] = {}  # the plans of jobs that leave the widths open
 
     def _probe(self) -> Probe:
-        from quantlab.quant.intended import Probe, probe_rows
+        from quantlab.quant.verify.reference_logits import Probe, probe_rows
 
         opened, settings = self.opened, self.settings
         rows = probe_rows(self.rows, int(opened.config.vocab_size))
@@ -180,8 +180,8 @@ class _Run:
 
     def _forecasts(self) -> list[dict[str, Any]]:
         """What each job should take, to be set beside what it took."""
-        from quantlab.quant.forecast import together
-        from quantlab.quant.rates import measure
+        from quantlab.quant.estimate.forecast import together
+        from quantlab.quant.estimate.machine_speed import measure
 
         device, spilled = self.opened.device.type, self.settings.memory_limit is not None
         rates = measure(device, self.opened.dtype)
@@ -191,7 +191,7 @@ class _Run:
 
     def outcomes(self) -> list[Outcome]:
         """Solve, assemble, prove, publish."""
-        from quantlab.quant.engine import quantize_blocks
+        from quantlab.quant.sequential import quantize_blocks
 
         jobs, progress = self.jobs, self.progress
         made = [self._plans(job) for job in jobs]
@@ -237,7 +237,7 @@ class _Run:
 
     def _plans(self, job: Job) -> list[Plan]:
         """One plan, or with ``bits: auto`` one for every width."""
-        from quantlab.quant.auto import width_plans
+        from quantlab.quant.mixed_precision.choose import width_plans
 
         resume = self.settings.resume
         plan = make_plan(job, self.files, self.opened, self.calibration, resume)
@@ -247,7 +247,7 @@ class _Run:
         return width_plans(plan, job.recipe.widths, resume=resume)
 
     def _chosen(self, job: Job, solved: Sequence[Plan], walk: Walk) -> Choice:
-        from quantlab.quant.auto import choose
+        from quantlab.quant.mixed_precision.choose import choose
 
         opened, folds = self.opened, walk.structures
         found = [folds.of(i, block) for i, block in enumerate(opened.blocks)] if folds else []
@@ -258,8 +258,8 @@ class _Run:
         )  # fmt: skip
 
     def _walk(self, plans: Sequence[Plan]) -> Walk:
-        from quantlab.quant.engine import open_walk
-        from quantlab.quant.statistics_store import StatisticsStore
+        from quantlab.quant.hessian_store import StatisticsStore
+        from quantlab.quant.sequential import open_walk
 
         key = {"model": self.files.digest, "calibration": str(self.calibration.get("digest", ""))}
         blocks, settings = len(self.opened.blocks), self.settings
@@ -276,8 +276,8 @@ class _Run:
     def _publish(self, outcomes: Sequence[Outcome], plans: Sequence[Plan]) -> None:
         """Prove the assembled checkpoints, all in one fresh process, and give them their names."""
         from quantlab.models.memory import peak_resident
-        from quantlab.quant.forecast import actual
-        from quantlab.quant.proof import Claim, Proof, prove, require
+        from quantlab.quant.estimate.forecast import actual
+        from quantlab.quant.verify.reload import Claim, Proof, prove, require
 
         proofs: list[Proof | None] = [None] * len(plans)
         if self.probe is not None:
@@ -338,8 +338,8 @@ def make_plan(
     """A job as the engine needs it. With ``bits: auto`` the grid is that of the widest codes."""
     from quantlab.formats import layout
     from quantlab.quant.checkpoint import CheckpointWriter
-    from quantlab.quant.engine import Plan
     from quantlab.quant.grid import Grid
+    from quantlab.quant.sequential import Plan
 
     recipe, dtype = job.recipe, plain_dtype(opened)
     key = {

@@ -205,8 +205,8 @@ def _means(book: Ledger | None, model: str) -> dict[str, float]:
 
 def _open_tokenizer(ref: str) -> Any:
     """A tokenizer without its model: a directory, a hub id or `embedded:<name>`."""
-    from quantlab.models.files import open_files
     from quantlab.models.load import load_tokenizer
+    from quantlab.models.safetensors.files import open_files
 
     folder = Path(ref).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():

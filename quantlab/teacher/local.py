@@ -74,7 +74,7 @@ def identity(endpoint: Endpoint) -> str:
     if kind == "file":
         path = find_source(ref)
         return f"file:{path.name}@{_file_digest(path, path.stat().st_mtime_ns, path.stat().st_size)}"
-    from quantlab.models.files import open_files
+    from quantlab.models.safetensors.files import open_files
 
     return f"hf:{ref}@{open_files(ref).digest}"
 

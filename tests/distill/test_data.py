@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from quantlab.distill import packed_attention
 from quantlab.distill.data import IGNORED, Block, Example, collate, encode, encode_texts, pack, split_off
 from quantlab.errors import DataError
-from quantlab.models.files import open_files
 from quantlab.models.load import load_subject, load_tokenizer
+from quantlab.models.safetensors.files import open_files
 from quantlab.text2sql.data.item import Item
 from quantlab.text2sql.prompt.prompt import build_prompt
 

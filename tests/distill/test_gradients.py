@@ -14,8 +14,8 @@ from torch import nn
 from quantlab.formats import gptq
 from quantlab.models.load import keep_bnb_storage, load_subject
 from quantlab.progress import Silent
-from quantlab.quant.bnb import bnb_config
 from quantlab.quant.grid import Quantized
+from quantlab.quant.methods.bnb import bnb_config
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
 

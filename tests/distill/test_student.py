@@ -20,8 +20,8 @@ from quantlab.distill.student import (
     trainable,
 )
 from quantlab.errors import DataError
-from quantlab.models.files import open_files
 from quantlab.models.load import load_subject
+from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe

@@ -23,7 +23,7 @@ from quantlab.evals.speed import Contestant, measure
 from quantlab.evals.speed_process import SpeedProcess
 from quantlab.evals.speed_worker import time_once
 from quantlab.models.disturbance import DISTURBED, mark, others_since
-from quantlab.models.held import held_bytes
+from quantlab.models.held_memory import held_bytes
 from quantlab.models.load import load_subject
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job

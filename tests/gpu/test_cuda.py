@@ -10,8 +10,8 @@ import torch
 
 from quantlab.models.load import load_subject
 from quantlab.progress import Silent
-from quantlab.quant.gptq import solve_gptq
 from quantlab.quant.grid import Grid, layer_loss
+from quantlab.quant.methods.gptq import solve_gptq
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
 

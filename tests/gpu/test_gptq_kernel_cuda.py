@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantlab.quant.gptq import inverse_factor
 from quantlab.quant.grid import Grid, round_to_grid
 from quantlab.quant.kernels import available
+from quantlab.quant.methods.gptq import inverse_factor
 from tests.quant.gptq_replay import replay
 
 pytestmark = pytest.mark.skipif(

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from quantlab.errors import DataError, MachineError
 from quantlab.models.activations import MARKER, Activations
-from quantlab.models.files import open_files, read_header
 from quantlab.models.memory import available, peak_resident, resident
-from quantlab.models.tensors import read_rows, read_tensor
+from quantlab.models.safetensors.files import open_files, read_header
+from quantlab.models.safetensors.tensors import read_rows, read_tensor
 
 SHAPE = (7, 5, 6)
 PARTS = [slice(0, 3), slice(3, 6), slice(6, 9)]

@@ -16,10 +16,10 @@ from torch import nn
 
 from quantlab.errors import DataError
 from quantlab.formats import layout
-from quantlab.models.blocks import Opened, _Record, linears, run_block
-from quantlab.models.files import open_files
+from quantlab.models.blockwise import Opened, _Record, linears, run_block
 from quantlab.models.load import load_subject
 from quantlab.models.refusals import refuse_unfit
+from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from quantlab.evals.perplexity import evaluate
-from quantlab.models.files import EMBEDDED, open_files
 from quantlab.models.load import load_subject
+from quantlab.models.safetensors.files import EMBEDDED, open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, Outcome, quantize
 from quantlab.recipe.base import PerplexityOptions

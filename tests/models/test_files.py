@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import DataError
-from quantlab.models.files import open_files, read_header
+from quantlab.models.safetensors.files import open_files, read_header
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int], bytes]], cut: int = 0) -> None:

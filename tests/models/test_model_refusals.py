@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from quantlab.errors import DataError
-from quantlab.models.files import open_files
 from quantlab.models.finite import EXPONENTS, refuse_nonfinite
 from quantlab.models.load import load_tokenizer
 from quantlab.models.refusals import refuse_other_kinds, refuse_unusable
+from quantlab.models.safetensors.files import open_files
 from quantlab.models.vocabulary import embedding_rows, refuse_foreign_tokens, stored_tokens
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job, check

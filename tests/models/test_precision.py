@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from quantlab.models import precision
-from quantlab.models.files import open_files
 from quantlab.models.load import load_subject
+from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantlab.errors import DataError
-from quantlab.models.files import open_files
-from quantlab.models.tensors import read_tensor
-from quantlab.models.weight_files import find_weight_files
+from quantlab.models.safetensors.files import open_files
+from quantlab.models.safetensors.tensors import read_tensor
+from quantlab.models.safetensors.weight_files import find_weight_files
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job
 from quantlab.quant.pipeline import quantize

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from quantlab.quant.gptq import inverse_factor, prepare, solve_many
 from quantlab.quant.grid import Grid, storable_scales
 from quantlab.quant.kernels.gptq_block import (
     block_columns,
@@ -22,6 +21,7 @@ from quantlab.quant.kernels.gptq_block import (
     row_limits,
     solve_columns_cuda,
 )
+from quantlab.quant.methods.gptq import inverse_factor, prepare, solve_many
 from tests.quant.gptq_replay import Verdict, replay
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_gptq_kernel.py"

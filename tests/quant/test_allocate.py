@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from quantlab.quant.allocate import Allocation, BudgetError, Layer, allocate
+from quantlab.quant.mixed_precision.allocate import Allocation, BudgetError, Layer, allocate
 
 WIDTHS = (2, 3, 4, 8)
 

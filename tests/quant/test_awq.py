@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from quantlab.models.structure import LinearPair, NormFold, Structure
-from quantlab.quant.awq import Realize, search_clip, search_scales, solve_awq
-from quantlab.quant.awq_block import quantize_block
+from quantlab.models.scale_folding import LinearPair, NormFold, Structure
+from quantlab.quant.block import BlockView, NormInput
 from quantlab.quant.grid import Grid, layer_loss, round_to_grid
-from quantlab.quant.rtn import quantize_block as round_block
-from quantlab.quant.statistics import Moments
-from quantlab.quant.view import BlockView, NormInput
+from quantlab.quant.hessian import Moments
+from quantlab.quant.methods.awq import Realize, search_clip, search_scales, solve_awq
+from quantlab.quant.methods.awq_block import quantize_block
+from quantlab.quant.methods.rtn import quantize_block as round_block
 
 GRID = Grid(3, 32, False)
 

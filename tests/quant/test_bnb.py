@@ -10,7 +10,7 @@ import torch
 from quantlab.models.load import keep_bnb_storage, load_subject
 from quantlab.models.precision import cpu_multiplies
 from quantlab.progress import Silent
-from quantlab.quant.bnb import bnb_config
+from quantlab.quant.methods.bnb import bnb_config
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
 

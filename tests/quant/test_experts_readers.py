@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from quantlab.commands.defaults import settle
 from quantlab.formats.readers import readers, transformers_reads
-from quantlab.models.files import open_files
+from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job
 from quantlab.quant.pipeline import quantize

@@ -15,12 +15,12 @@ import torch
 from quantlab.commands.plan import Options, lines, plan
 from quantlab.errors import DataError, RecipeError
 from quantlab.formats import layout
-from quantlab.models.files import open_files
+from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
-from quantlab.quant.forecast import Rates, forecast, together
+from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes, packed_entries
+from quantlab.quant.estimate.forecast import Rates, forecast, together
 from quantlab.quant.grid import Grid, round_to_grid
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.quant.sizes import checkpoint_bytes, packed_entries
 from quantlab.recipe.quantize import QuantizeRecipe
 
 from ..conftest import write_tiny
@@ -149,8 +149,8 @@ def test_plan_says_it_in_lines_and_refuses_early(tiny: Path, tmp_path: Path) -> 
 def test_forecasting_needs_no_torch(tiny: Path) -> None:
     code = (
         "import sys\n"
-        "from quantlab.models.files import open_files\n"
-        "from quantlab.quant.forecast import Rates, forecast\n"
+        "from quantlab.models.safetensors.files import open_files\n"
+        "from quantlab.quant.estimate.forecast import Rates, forecast\n"
         "from quantlab.recipe.quantize import QuantizeRecipe\n"
         "one = QuantizeRecipe.model_validate({'method': 'gptq', 'group_size': 32})\n"
         "print(forecast(one, open_files(sys.argv[1]), Rates(1e11, 1e11, 1e9, 1e9)).size_bytes)\n"

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantlab.quant.fp8 import LARGEST, solve_fp8
+from quantlab.quant.block import BlockView
 from quantlab.quant.grid import SMALLEST_SCALE, Grid
-from quantlab.quant.view import BlockView
+from quantlab.quant.methods.fp8 import LARGEST, solve_fp8
 
 ALL = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 VALUES = ALL[~ALL.isnan()].unique()  # -0 and 0 are one
@@ -74,7 +74,7 @@ def test_what_is_not_a_number_is_refused(bad: float) -> None:
 
 
 def test_a_block_keeps_its_order_of_layers() -> None:
-    from quantlab.quant.fp8 import quantize_block
+    from quantlab.quant.methods.fp8 import quantize_block
 
     stored = {name: torch.randn(4, 8) for name in ("b", "a")}
     (result,) = quantize_block(BlockView(stored), [Grid(8, -1, True)])

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from quantlab.quant import gptq
-from quantlab.quant.gptq import column_order, inverse_factor, solve_gptq
 from quantlab.quant.grid import Grid, decode, encode, fit, layer_loss, round_to_grid
+from quantlab.quant.methods import gptq
+from quantlab.quant.methods.gptq import column_order, inverse_factor, solve_gptq
 
 
 def problem(

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantlab.errors import MachineError
-from quantlab.models.files import open_files
+from quantlab.models.safetensors.files import open_files
 from quantlab.quant.checkpoint import CheckpointWriter, partial_path, state_path, tidy
 
 from ..conftest import write_tiny

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.models.blocks import Opened, linears
-from quantlab.models.files import open_files
-from quantlab.models.head import head
-from quantlab.quant.sensitivity import Probe, sensitivities
+from quantlab.models.blockwise import Opened, linears
+from quantlab.models.lm_head import head
+from quantlab.models.safetensors.files import open_files
+from quantlab.quant.mixed_precision.sensitivity import Probe, sensitivities
 
 from ..conftest import write_tiny
 

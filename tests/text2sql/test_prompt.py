@@ -31,8 +31,8 @@ COMMENTED = "CREATE TABLE a (x INT, y TEXT); -- 회원\nCREATE TABLE b (x INT); 
 def tokenizer() -> Any:
     """A fresh one, so that a template set on it stays in the test."""
     pytest.importorskip("transformers")
-    from quantlab.models.files import open_files
     from quantlab.models.load import load_tokenizer
+    from quantlab.models.safetensors.files import open_files
 
     return load_tokenizer(open_files("embedded:base"))
 

@@ -31,12 +31,12 @@ from safetensors.torch import load_file
 
 from quantlab.errors import MachineError, QuantlabError
 from quantlab.formats.readers import transformers_reads
-from quantlab.models.files import ModelFiles, open_files
 from quantlab.models.memory import available
-from quantlab.quant.intended import Expected
+from quantlab.models.safetensors.files import ModelFiles, open_files
+from quantlab.quant.verify.reference_logits import Expected
 from quantlab.workers import last_line, start, stopping
 
-WORKER = "quantlab.quant.proof_worker"
+WORKER = "quantlab.quant.verify.worker"
 IMPORTS = 2_000_000_000  # bytes that a process with transformers and its kernels holds before any weight, and to spare
 SECONDS = 600.0  # for start and imports; a slow disk gets more by size
 SLOWEST = 20e6  # bytes of checkpoint a second

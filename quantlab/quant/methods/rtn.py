@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from quantlab.quant.block import BlockResult, BlockView
 from quantlab.quant.grid import Grid, Quantized, layer_loss, round_to_grid
-from quantlab.quant.view import BlockResult, BlockView
 
 
 def solve_rtn(weight: torch.Tensor, grid: Grid) -> Quantized:

@@ -23,13 +23,13 @@ from torch import nn
 
 from quantlab.errors import DataError
 from quantlab.formats import layout
-from quantlab.models.blocks import Opened, run_block
-from quantlab.models.borrowed import borrowed
+from quantlab.models.blockwise import Opened, run_block
 from quantlab.models.experts import Experts
-from quantlab.models.files import ModelFiles, TensorInfo, open_files
-from quantlab.models.tensors import read_rows, read_tensor
+from quantlab.models.lazy_weights import borrowed
+from quantlab.models.safetensors.files import ModelFiles, TensorInfo, open_files
+from quantlab.models.safetensors.tensors import read_rows, read_tensor
+from quantlab.quant.block import BlockResult
 from quantlab.quant.grid import Quantized
-from quantlab.quant.view import BlockResult
 
 PACKED = ("qweight", "weight_packed", "weight_scale")  # a module with one of these holds its weight packed
 

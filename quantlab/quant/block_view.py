@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.models.blocks import Call, linears
-from quantlab.models.structure import Structure, signature, structure
-from quantlab.quant.statistics import Moments
-from quantlab.quant.view import BlockView, NormInput
+from quantlab.models.blockwise import Call, linears
+from quantlab.models.scale_folding import Structure, signature, structure
+from quantlab.quant.block import BlockView, NormInput
+from quantlab.quant.hessian import Moments
 
 
 class Structures:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from quantlab.quant.forecast import Rates
+from quantlab.quant.estimate.forecast import Rates
 
 SIDE = 1024  # of the matrices multiplied; smaller than those of most models, so rather too slow than too fast
 BYTES = 16 * 2**20  # written and read back

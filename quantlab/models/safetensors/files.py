@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError, MachineError
-from quantlab.models.weight_files import ADAPTER_CONFIG, WeightFiles, find_weight_files, read_json
+from quantlab.models.safetensors.weight_files import ADAPTER_CONFIG, WeightFiles, find_weight_files, read_json
 from quantlab.paths import PACKAGE, nearest
 
 EMBEDDED = PACKAGE / "models" / "embedded"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantlab.errors import DataError, RecipeError
-from quantlab.evals.fidelity import compare_logits, evaluate, percentile
+from quantlab.evals.kl_divergence import compare_logits, evaluate, percentile
 from quantlab.models.load import Subject
 from quantlab.progress import Silent
 from quantlab.recipe.base import FidelityOptions

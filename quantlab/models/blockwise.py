@@ -17,10 +17,10 @@ from torch import nn
 
 from quantlab.errors import DataError, first_line
 from quantlab.models.experts import separate
-from quantlab.models.files import ModelFiles, has_experts, quantizable
-from quantlab.models.names import Names, conversions
 from quantlab.models.refusals import refuse_unfit
-from quantlab.models.tensors import read_tensor
+from quantlab.models.safetensors.files import ModelFiles, has_experts, quantizable
+from quantlab.models.safetensors.tensors import read_tensor
+from quantlab.models.weight_names import Names, conversions
 
 
 @dataclass

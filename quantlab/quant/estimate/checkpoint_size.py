@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from quantlab.models.files import ModelFiles, TensorInfo
-from quantlab.models.header import Entry, file_bytes
+from quantlab.models.safetensors.files import ModelFiles, TensorInfo
+from quantlab.models.safetensors.header import Entry, file_bytes
 from quantlab.recipe.quantize import QuantizeRecipe
 
 FLOATS = ("F64", "F32", "F16", "BF16")

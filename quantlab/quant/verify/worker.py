@@ -1,6 +1,6 @@
 """The fresh process of ``proof``: told on stdin which checkpoints to load, writes their logits beside a description.
 
-    python -m quantlab.quant.proof_worker < questions.json
+    python -m quantlab.quant.verify.worker < questions.json
 
 For each question ``<answer>.json`` (how it was loaded, seconds, peak memory, or the error) and
 ``<answer>.safetensors`` (the logits). Checkpoints are loaded one after the other; nothing of one is left when the
@@ -72,7 +72,7 @@ def _logits(question: Mapping[str, Any], rows: Any, asked: Mapping[str, Any]) ->
 
     checkpoint, trust = Path(question["checkpoint"]), bool(asked["trust_remote_code"])
     if question["how"] == "streamed":
-        from quantlab.quant.intended import streamed_logits
+        from quantlab.quant.verify.reference_logits import streamed_logits
 
         return streamed_logits(checkpoint, rows, trust), "float32"
     from quantlab.models.load import load_subject

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.models.blocks import Opened, linears, run_block
-from quantlab.models.files import open_files
-from quantlab.quant.observe import norm_offset
-from quantlab.quant.statistics import Collector, Enough, Moments
+from quantlab.models.blockwise import Opened, linears, run_block
+from quantlab.models.safetensors.files import open_files
+from quantlab.quant.block_view import norm_offset
+from quantlab.quant.hessian import Collector, Enough, Moments
 
 
 def test_sums_agree_with_float64() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.models.blocks import Opened
+from quantlab.models.blockwise import Opened
 
 
 @contextmanager

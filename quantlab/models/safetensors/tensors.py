@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from quantlab.errors import DataError
-from quantlab.models.files import TensorInfo
-from quantlab.models.header import layout_of
+from quantlab.models.safetensors.files import TensorInfo
+from quantlab.models.safetensors.header import layout_of
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

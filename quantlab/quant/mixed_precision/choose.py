@@ -20,17 +20,17 @@ import torch
 from quantlab.errors import RecipeError
 from quantlab.formats import layout
 from quantlab.formats.shapes import widths as possible_widths
-from quantlab.models.blocks import Opened
-from quantlab.models.files import ModelFiles
-from quantlab.models.structure import Structure
+from quantlab.models.blockwise import Opened
+from quantlab.models.safetensors.files import ModelFiles
+from quantlab.models.scale_folding import Structure
 from quantlab.progress import Progress
-from quantlab.quant.allocate import Allocation, BudgetError, Layer, allocate
+from quantlab.quant.block import BlockResult
 from quantlab.quant.checkpoint import CheckpointWriter
-from quantlab.quant.engine import Plan
 from quantlab.quant.grid import Quantized
-from quantlab.quant.intended import Probe
-from quantlab.quant.sensitivity import ROWS, SEQ_LEN, sensitivities
-from quantlab.quant.view import BlockResult
+from quantlab.quant.mixed_precision.allocate import Allocation, BudgetError, Layer, allocate
+from quantlab.quant.mixed_precision.sensitivity import ROWS, SEQ_LEN, sensitivities
+from quantlab.quant.sequential import Plan
+from quantlab.quant.verify.reference_logits import Probe
 
 
 def width_plans(plan: Plan, widths: Sequence[int], *, resume: bool) -> list[Plan]:

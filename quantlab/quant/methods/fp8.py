@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
+from quantlab.quant.block import BlockResult, BlockView
 from quantlab.quant.grid import Grid, Quantized, layer_loss, storable_scales
-from quantlab.quant.view import BlockResult, BlockView
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 

@@ -31,10 +31,10 @@ from typing import Literal
 
 import torch
 
+from quantlab.quant.block import BlockResult, BlockView, join, split
 from quantlab.quant.grid import Grid, Quantized, fit
+from quantlab.quant.hessian import mirror, strips
 from quantlab.quant.kernels import available
-from quantlab.quant.statistics import mirror, strips
-from quantlab.quant.view import BlockResult, BlockView, join, split
 
 ActOrder = bool | Literal["group"]
 PANEL = 1024  # columns of a Hessian that are factorised at once

@@ -23,19 +23,19 @@ from torch import nn
 
 from quantlab.formats import layout
 from quantlab.models.activations import Activations
-from quantlab.models.blocks import Call, Opened, batches, linears, run_block
+from quantlab.models.blockwise import Call, Opened, batches, linears, run_block
 from quantlab.models.memory import trim
+from quantlab.models.scale_folding import PROBE_ROWS, PROBE_TOKENS
 from quantlab.models.scaled import scaled_activations
-from quantlab.models.structure import PROBE_ROWS, PROBE_TOKENS
 from quantlab.progress import Progress
 from quantlab.quant import CALIBRATED, FOLDING, method
+from quantlab.quant.block import BlockResult
+from quantlab.quant.block_view import Structures, stored_buffers, view, weights_in_place
 from quantlab.quant.checkpoint import CheckpointWriter
 from quantlab.quant.grid import Grid, Quantized
-from quantlab.quant.intended import Probe
-from quantlab.quant.observe import Structures, stored_buffers, view, weights_in_place
-from quantlab.quant.statistics import Collector, Enough, Moments
-from quantlab.quant.statistics_store import StatisticsStore
-from quantlab.quant.view import BlockResult
+from quantlab.quant.hessian import Collector, Enough, Moments
+from quantlab.quant.hessian_store import StatisticsStore
+from quantlab.quant.verify.reference_logits import Probe
 
 ROWS_EMBEDDED = 32  # calibration rows looked up in the embedding at once
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # calibration tokens in one forward of a block

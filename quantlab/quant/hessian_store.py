@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from quantlab.errors import DataError, MachineError
-from quantlab.models.durable import replace
+from quantlab.models.safetensors.durable import replace
 from quantlab.paths import atomic_write_text
-from quantlab.quant.statistics import Moments, mirror, strips
+from quantlab.quant.hessian import Moments, mirror, strips
 
 MANIFEST = "statistics.json"
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.models.blocks import Call, Opened, linears, run_block
-from quantlab.models.files import open_files
+from quantlab.models.blockwise import Call, Opened, linears, run_block
+from quantlab.models.safetensors.files import open_files
+from quantlab.models.scale_folding import Structure, fold_is_exact, probe_inputs, signature, structure
 from quantlab.models.scaled import scaled_activations
-from quantlab.models.structure import Structure, fold_is_exact, probe_inputs, signature, structure
 from tests.models.tiny_architectures import ARCHITECTURES, MIXTURES, write_architecture
 
 ROWS = torch.randint(1, 257, (8, 32), generator=torch.Generator().manual_seed(1))

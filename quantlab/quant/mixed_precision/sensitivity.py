@@ -30,8 +30,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from quantlab.models.blocks import Call, Opened, linears, run_block
-from quantlab.models.head import head
+from quantlab.models.blockwise import Call, Opened, linears, run_block
+from quantlab.models.lm_head import head
 
 ROWS, SEQ_LEN = 4, 256  # of the calibration rows, by default
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.models.blocks import Call, Opened, linears, run_block
+from quantlab.models.blockwise import Call, Opened, linears, run_block
 
 PROBE_ROWS, PROBE_TOKENS = 8, 16
 EXPONENTS = torch.tensor([-2.0, -1.0, 1.0, 2.0])

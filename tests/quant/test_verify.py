@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantlab.errors import MachineError, QuantlabError
-from quantlab.models.blocks import Opened
-from quantlab.models.files import open_files
+from quantlab.models.blockwise import Opened
 from quantlab.models.load import load_subject
+from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
-from quantlab.quant.intended import Expected, Probe, expected_of, probe_rows, streamed_logits
+from quantlab.quant.block import BlockResult
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.quant.proof import Claim, compare, prove, require, tolerance
-from quantlab.quant.view import BlockResult
+from quantlab.quant.verify.reference_logits import Expected, Probe, expected_of, probe_rows, streamed_logits
+from quantlab.quant.verify.reload import Claim, compare, prove, require, tolerance
 from quantlab.recipe.quantize import QuantizeRecipe
 
 ROWS = probe_rows(None, 257, tokens=32)
@@ -97,7 +97,7 @@ def intended(tiny: Path, checkpoint: Path) -> torch.Tensor:
     """Logits of the original model with the checkpoint's weights written into it, loaded whole: another way to the same
     numbers."""
     from quantlab.formats import layout
-    from quantlab.quant.intended import packed_linears, width_of
+    from quantlab.quant.verify.reference_logits import packed_linears, width_of
 
     files = open_files(checkpoint)
     config = files.quantized
@@ -189,7 +189,7 @@ def test_no_process_is_left_behind(made: dict[str, Path]) -> None:
     with pytest.raises(MachineError, match="took more than"):
         prove([Claim(made["gptq"], NOTHING, "q")], ROWS, seconds=0.5)
     assert not [
-        p for p in psutil.Process().children(recursive=True) if "proof_worker" in " ".join(p.cmdline())
+        p for p in psutil.Process().children(recursive=True) if "verify.worker" in " ".join(p.cmdline())
     ]
 
 
@@ -208,7 +208,7 @@ def test_nan_never_passes() -> None:
 
 def test_solved_blocks_are_what_the_probe_follows(tiny: Path, made: dict[str, Path]) -> None:
     """Fed with a block's result in memory, the probe's states equal those through the checkpoint's own block."""
-    from quantlab.models.blocks import linears
+    from quantlab.models.blockwise import linears
     from quantlab.quant.grid import Grid, round_to_grid
 
     files = open_files(tiny)

@@ -34,8 +34,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from quantlab.models.files import ModelFiles
-from quantlab.quant.sizes import checkpoint_bytes, quantized_weights, stored_float
+from quantlab.models.safetensors.files import ModelFiles
+from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes, quantized_weights, stored_float
 from quantlab.recipe.quantize import QuantizeRecipe
 
 IDLE = 500_000_000  # bytes of a process that has imported torch and transformers

@@ -1,6 +1,7 @@
 """AWQ on one decoder block: which scales can be undone where, and what folding them changes.
 
-A scale on a layer's input channels is undone by whatever produced that input (``quantlab.models.structure`` finds out):
+A scale on a layer's input channels is undone by whatever produced that input (``quantlab.models.scale_folding`` finds
+out):
 
 * a normalisation: its weight (and bias) is divided, in its own dtype; the scale becomes what was really divided by. All
   readers of the norm share the scale, experts as well as a router, which is not quantized and multiplied in its dtype;
@@ -16,11 +17,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from quantlab.models.structure import LinearPair
-from quantlab.quant.awq import Realize, row_loss, search_scales, solve_awq
+from quantlab.models.scale_folding import LinearPair
+from quantlab.quant.block import BlockResult, BlockView
 from quantlab.quant.grid import Grid
-from quantlab.quant.statistics import Moments
-from quantlab.quant.view import BlockResult, BlockView
+from quantlab.quant.hessian import Moments
+from quantlab.quant.methods.awq import Realize, row_loss, search_scales, solve_awq
 
 
 def quantize_block(

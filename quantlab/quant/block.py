@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from quantlab.models.structure import Structure
+from quantlab.models.scale_folding import Structure
 from quantlab.quant.grid import Quantized
-from quantlab.quant.statistics import Moments
+from quantlab.quant.hessian import Moments
 
 NOTHING = Structure()
 

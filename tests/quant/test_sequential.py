@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from quantlab.errors import DataError
 from quantlab.models.load import load_subject
 from quantlab.progress import Silent
-from quantlab.quant.gptq import prepare, solve_many
 from quantlab.quant.grid import Grid, layer_loss
+from quantlab.quant.methods.gptq import prepare, solve_many
 from quantlab.quant.pipeline import Job, Outcome, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
 
@@ -94,11 +94,11 @@ def test_kept_statistics_give_the_same_checkpoints_without_a_forward_pass(
 ) -> None:
     wanted = {k: v for k, v in six(calibration_file).items() if k in ("g3", "awq")}
     run(tiny, tmp_path / "first", wanted, save_statistics=tmp_path / "kept")
-    from quantlab.quant import engine
+    from quantlab.quant import sequential
 
     forwards: list[int] = []
-    plain = engine.run_block
-    monkeypatch.setattr(engine, "run_block", lambda *a: forwards.append(1) or plain(*a))
+    plain = sequential.run_block
+    monkeypatch.setattr(sequential, "run_block", lambda *a: forwards.append(1) or plain(*a))
     run(tiny, tmp_path / "second", wanted, statistics=tmp_path / "kept")
     assert not forwards
     for name in wanted:
