@@ -1,0 +1,1 @@
+"""Programs that make what quantlab bundles; not part of the package."""

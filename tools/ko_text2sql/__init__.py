@@ -1,0 +1,1 @@
+"""Makes the bundled Korean Text2SQL data and the embedded model."""
