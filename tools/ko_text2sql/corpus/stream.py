@@ -1,6 +1,6 @@
 """The endless stream of pretraining documents: what kinds there are, and in which shares.
 
-The shares below are of documents; `tests/data/test_corpus.py` checks the shares of text that follow
+The shares below are of documents; `tests/tools/test_corpus.py` checks the shares of text that follow
 from them. The game domain (db_id 1) is held out: it is never loaded here, and nothing of the
 synthetic schemas is taken from it.
 """
