@@ -37,16 +37,16 @@ LOCAL = ("hf:", "file:")  # teachers that are not behind an endpoint
 class Lora(Strict):
     """Low-rank adapters (Hu et al. 2021): W + (alpha / r) B A, with B [out, r] and A [r, in]."""
 
-    r: Positive = Field(16, description="rank of the adapters")
-    alpha: Positive = Field(32, description="the update is scaled by alpha / r")
+    r: Positive = Field(default=16, description="rank of the adapters")
+    alpha: Positive = Field(default=32, description="the update is scaled by alpha / r")
     dropout: Annotated[float, Field(ge=0, lt=1, strict=False)] = Field(
-        0.05, description="dropout in front of the adapters"
+        default=0.05, description="dropout in front of the adapters"
     )
     targets: str | list[str] = Field(
-        "all-linear",
+        default="all-linear",
         description="names of the layers that get an adapter; all-linear: every linear but the head",
     )
-    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead (rank-stabilized LoRA)")
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) instead (rank-stabilized LoRA)")
 
 
 class Student(Strict):
@@ -57,11 +57,11 @@ class Student(Strict):
         description="base model: a Hugging Face id, a directory, or embedded:base; may be stored quantized"
     )
     mode: Literal["full", "lora", "qlora"] = Field(
-        "lora", description="what is trained: all weights, adapters, or adapters over the base in NF4"
+        default="lora", description="what is trained: all weights, adapters, or adapters over the base in NF4"
     )
-    lora: Lora = Field(Lora(), description="options of the adapters")
+    lora: Lora = Field(default=Lora(), description="options of the adapters")
     merge: bool | None = Field(
-        None,
+        default=None,
         description="merge the adapter into the weights; null: yes, but not into a base that is stored quantized, "
         "which keeps its weights and gets the adapter saved next to them",
     )
@@ -81,35 +81,41 @@ class Endpoint(Strict):
         description="a name that the server knows, `hf:<model>` on this machine, or `file:<answers.jsonl>`"
     )
     endpoint: str | None = Field(
-        None,
+        default=None,
         description="base URL of an OpenAI-compatible server; default: OpenAI, for models that are not local",
     )
-    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the API key")
-    language: Literal["ko", "en"] = Field("ko", description="language of the prompt template")
-    rpm: Positive | None = Field(None, description="requests per minute at most; null: no limit")
-    tpm: Positive | None = Field(None, description="tokens per minute at most; null: no limit")
-    concurrency: Positive = Field(16, description="requests in flight at most; the number adapts below that")
-    timeout: PositiveFloat = Field(60.0, description="seconds before a request is given up")
-    attempts: Positive = Field(6, description="attempts per request")
+    api_key_env: str = Field(
+        default="OPENAI_API_KEY", description="environment variable that holds the API key"
+    )
+    language: Literal["ko", "en"] = Field(default="ko", description="language of the prompt template")
+    rpm: Positive | None = Field(default=None, description="requests per minute at most; null: no limit")
+    tpm: Positive | None = Field(default=None, description="tokens per minute at most; null: no limit")
+    concurrency: Positive = Field(
+        default=16, description="requests in flight at most; the number adapts below that"
+    )
+    timeout: PositiveFloat = Field(default=60.0, description="seconds before a request is given up")
+    attempts: Positive = Field(default=6, description="attempts per request")
     max_usd: PositiveFloat | None = Field(
-        None,
+        default=None,
         description="budget in US dollars, over all runs of the ledger for this model, endpoint and purpose; "
         "null: no limit",
     )
     max_requests: Positive | None = Field(
-        None, description="number of requests at most, counted like max_usd; null: no limit"
+        default=None, description="number of requests at most, counted like max_usd; null: no limit"
     )
     max_failed: Annotated[float, Field(ge=0, le=1, strict=False)] = Field(
-        0.02,
+        default=0.02,
         description="share of the requests that may end without a usable answer; above it the run stops before "
         "training",
     )
-    price: Price | None = Field(None, description="US dollars per million tokens; null: from the price table")
-    temperature: NotNegative = Field(0.0, description="sampling temperature")
-    max_tokens: Positive = Field(512, description="tokens per answer at most")
-    batch: bool = Field(False, description="use the Batch API: half the price, answers within a day")
+    price: Price | None = Field(
+        default=None, description="US dollars per million tokens; null: from the price table"
+    )
+    temperature: NotNegative = Field(default=0.0, description="sampling temperature")
+    max_tokens: Positive = Field(default=512, description="tokens per answer at most")
+    batch: bool = Field(default=False, description="use the Batch API: half the price, answers within a day")
     tokenizer: str | None = Field(
-        None,
+        default=None,
         description="model whose tokenizer counts tokens for budgets and estimates; null: estimated from the script",
     )
 
@@ -151,8 +157,8 @@ _PATIENCE = {
 class Write(Strict):
     """New questions with their SQL, written by the teacher from the DDL of the source's rows."""
 
-    count: Positive = Field(1000, description="questions to write")
-    per_request: Annotated[int, Field(ge=1, le=20)] = Field(5, description="questions per request")
+    count: Positive = Field(default=1000, description="questions to write")
+    per_request: Annotated[int, Field(ge=1, le=20)] = Field(default=5, description="questions per request")
     levels: dict[Level, NotNegative] = Field(
         default_factory=lambda: dict(LEVEL_SHARES),
         description="proportions of easy, medium and hard questions",
@@ -169,43 +175,49 @@ class Teacher(Endpoint):
     """`answer`: DDL and question → SQL. `write`: DDL → new questions with SQL."""
 
     task: Literal["answer", "write"] = Field(
-        "answer", description="answer the questions of the rows, or write new questions with their SQL"
+        default="answer",
+        description="answer the questions of the rows, or write new questions with their SQL",
     )
-    write: Write = Field(Write(), description="options of task: write")
+    write: Write = Field(default=Write(), description="options of task: write")
 
 
 class Judge(Endpoint):
     """Asked whether a query answers its question: yes or no, and why."""
 
-    max_tokens: Positive = Field(256, description="tokens per verdict at most")
+    max_tokens: Positive = Field(default=256, description="tokens per verdict at most")
 
 
 class Data(Strict):
     """Rows to learn from and what cleans them. Rows too close to an evaluated item are always taken out."""
 
     source: str = Field(
-        "ko_text2sql/train.jsonl",
+        default="ko_text2sql/train.jsonl",
         description="rows to learn from: a bundled name, a path, or `hf:owner/name[/config]:split`",
     )
     format: Literal["text2sql", "text"] = Field(
-        "text2sql", description="kind of rows; text: plain text, every token is learned"
+        default="text2sql", description="kind of rows; text: plain text, every token is learned"
     )
-    limit: Positive | None = Field(None, description="rows taken from the source, evenly spaced; null: all")
+    limit: Positive | None = Field(
+        default=None, description="rows taken from the source, evenly spaced; null: all"
+    )
     fraction: Share = Field(
-        1.0,
+        default=1.0,
         description="share of the cleaned rows, drawn with `seed`; smaller fractions are subsets of larger ones",
     )
-    seed: int = Field(0, description="seed of the drawing")
-    holdout_db: int | str | None = Field(None, description="db_id whose rows are left out")
+    seed: int = Field(default=0, description="seed of the drawing")
+    holdout_db: int | str | None = Field(default=None, description="db_id whose rows are left out")
     filters: list[Filter] = Field(
         default_factory=lambda: list(FILTERS),
         description="cleaning rules, applied in a fixed order whatever the order here",
     )
-    dedup: bool = Field(True, description="remove duplicates and near duplicates")
+    dedup: bool = Field(default=True, description="remove duplicates and near duplicates")
     near_duplicate: Share = Field(
-        0.9, description="Jaccard similarity of question and SQL at which two rows count as duplicates"
+        default=0.9,
+        description="Jaccard similarity of question and SQL at which two rows count as duplicates",
     )
-    leakage: Share = Field(0.8, description="similarity to an evaluated item at which a row is removed")
+    leakage: Share = Field(
+        default=0.8, description="similarity to an evaluated item at which a row is removed"
+    )
 
     @model_validator(mode="after")
     def _once(self) -> Data:
@@ -218,65 +230,70 @@ class Logits(Strict):
     """Whose log-probabilities the KL losses learn: another model with the same vocabulary, top-k kept on disk."""
 
     model: str = Field(description="the model whose distribution is learned; same vocabulary as the student")
-    top_k: Positive = Field(64, description="log-probabilities kept per position")
-    temperature: PositiveFloat = Field(1.0, description="temperature of both distributions")
+    top_k: Positive = Field(default=64, description="log-probabilities kept per position")
+    temperature: PositiveFloat = Field(default=1.0, description="temperature of both distributions")
     weight: Share = Field(
-        1.0, description="share of the divergence in the loss; the rest is cross-entropy on the answer"
+        default=1.0,
+        description="share of the divergence in the loss; the rest is cross-entropy on the answer",
     )
     beta: Annotated[float, Field(gt=0, lt=1, strict=False)] = Field(
-        0.5, description="interpolation of the generalized JSD"
+        default=0.5, description="interpolation of the generalized JSD"
     )
 
 
 class Train(Strict):
     """The optimisation. A step sees batch_size × accumulate × processes sequences (rows, or packed blocks)."""
 
-    epochs: PositiveFloat = Field(1.0, description="passes over the rows")
-    max_steps: Positive | None = Field(None, description="optimizer steps, instead of epochs")
-    lr: PositiveFloat = Field(2.0e-4, description="peak learning rate")
+    epochs: PositiveFloat = Field(default=1.0, description="passes over the rows")
+    max_steps: Positive | None = Field(default=None, description="optimizer steps, instead of epochs")
+    lr: PositiveFloat = Field(default=2.0e-4, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        "cosine", description="learning rate schedule; wsd: stable, then linear decay to 0 over the last half"
+        default="cosine",
+        description="learning rate schedule; wsd: stable, then linear decay to 0 over the last half",
     )
     warmup: Annotated[float, Field(ge=0, lt=1, strict=False)] = Field(
-        0.03, description="share of the steps spent on warm-up"
+        default=0.03, description="share of the steps spent on warm-up"
     )
-    batch_size: Positive = Field(8, description="sequences (rows, or packed blocks) per process and step")
-    accumulate: Positive = Field(1, description="gradient accumulation steps")
+    batch_size: Positive = Field(
+        default=8, description="sequences (rows, or packed blocks) per process and step"
+    )
+    accumulate: Positive = Field(default=1, description="gradient accumulation steps")
     max_len: Annotated[int, Field(ge=16)] = Field(
-        1024, description="tokens per sequence; longer rows are left out"
+        default=1024, description="tokens per sequence; longer rows are left out"
     )
     packing: Literal["none", "rows", "shared"] = Field(
-        "none",
+        default="none",
         description="rows: several rows per sequence, each attending to itself; shared: rows about the same DDL "
         "share one copy of it",
     )
-    checkpointing: bool = Field(False, description="gradient checkpointing: less memory, more time")
+    checkpointing: bool = Field(default=False, description="gradient checkpointing: less memory, more time")
     optimizer: Optimizer = Field(
-        "adamw", description="paged_adamw_8bit and adamw_8bit are plain AdamW without CUDA"
+        default="adamw", description="paged_adamw_8bit and adamw_8bit are plain AdamW without CUDA"
     )
-    weight_decay: NotNegative = Field(0.0, description="decoupled weight decay")
-    max_grad_norm: PositiveFloat = Field(1.0, description="gradient clipping by norm")
+    weight_decay: NotNegative = Field(default=0.0, description="decoupled weight decay")
+    max_grad_norm: PositiveFloat = Field(default=1.0, description="gradient clipping by norm")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
+        default="auto",
         description="precision of training; auto: bfloat16 on GPUs that have it, else float16, float32 on CPUs",
     )
     loss: Loss = Field(
-        "sft", description="cross-entropy on the answer, or a divergence from the teacher's distribution"
+        default="sft",
+        description="cross-entropy on the answer, or a divergence from the teacher's distribution",
     )
-    logits: Logits | None = Field(None, description="the teacher of the KL losses")
+    logits: Logits | None = Field(default=None, description="the teacher of the KL losses")
     eval_share: Annotated[float, Field(ge=0, lt=1, strict=False)] = Field(
-        0.02, description="share of the rows kept for evaluation"
+        default=0.02, description="share of the rows kept for evaluation"
     )
     eval_every: Positive | None = Field(
-        None, description="steps between evaluations; null: ten evaluations per training"
+        default=None, description="steps between evaluations; null: ten evaluations per training"
     )
     patience: Positive | None = Field(
-        None, description="evaluations without improvement before training stops early"
+        default=None, description="evaluations without improvement before training stops early"
     )
     save_every: Positive | None = Field(
-        None, description="steps between training checkpoints; null: at every evaluation"
+        default=None, description="steps between training checkpoints; null: at every evaluation"
     )
-    seed: int = Field(0, description="seed of the training")
+    seed: int = Field(default=0, description="seed of the training")
     report_to: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
         default_factory=list, description="experiment trackers, once installed"
     )
@@ -299,10 +316,12 @@ class DistillRecipe(BaseRecipe):
 
     kind: Literal["distill"] = "distill"
     student: Student = Field(description="the model that is trained")
-    teacher: Teacher | None = Field(None, description="who answers; null: the rows' own answers are learned")
-    judge: Judge | None = Field(None, description="an LLM's yes or no on queries")
-    data: Data = Field(Data(), description="rows to learn from")
-    train: Train = Field(Train(), description="the optimization")
+    teacher: Teacher | None = Field(
+        default=None, description="who answers; null: the rows' own answers are learned"
+    )
+    judge: Judge | None = Field(default=None, description="an LLM's yes or no on queries")
+    data: Data = Field(default=Data(), description="rows to learn from")
+    train: Train = Field(default=Train(), description="the optimization")
     sweep: dict[str, list[Any]] = Field(
         default_factory=dict,
         description="a grid: key, or keys joined by commas, to its values; one run per cell",
