@@ -1,7 +1,7 @@
 """The picture of the published run: `python -m tools.docs.picture` draws `docs/assets/leaderboard.svg`.
 
 From `results/leaderboard.csv` alone: on the left execution accuracy with its 95 % interval, on the right the size of
-the weights, one line per model, the original at the top.
+the weights, one line per model: the base, the student, and the quantized students by size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES, ACCURACY, SIZE = (
     (170, 490),
     (560, 690),
 )  # where names start, and the two scales from pixel to pixel
-INK, FAINT, OTHER = "#24292f", "#d0d7de", "#8e44ad"
+INK, FAINT, OTHER, PLAIN = "#24292f", "#d0d7de", "#8e44ad", "#555555"
 
 Row = Mapping[str, str]
 
@@ -30,7 +30,8 @@ Row = Mapping[str, str]
 def draw(rows: Sequence[Row]) -> str:
     """The SVG of rows as `leaderboard.csv` has them; those without accuracy or size are left out."""
     shown = [row for row in rows if row["ex"] and row["size_bytes"]]
-    shown.sort(key=lambda row: (-int(row["size_bytes"]), -float(row["ex"])))
+    stages = ("base", "student")
+    shown.sort(key=lambda row: (row["stage"] not in stages, row["stage"], -int(row["size_bytes"])))
     height = TOP + LINE * len(shown) + BOTTOM
     largest = max(int(row["size_bytes"]) for row in shown) / 1e6
     parts = [
@@ -53,7 +54,7 @@ def draw(rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row, y: float, largest: float) -> list[str]:
-    colour = COLOURS.get(row["method"], OTHER)
+    colour = PLAIN if row["stage"] != "quantized" else COLOURS.get(row["method"], OTHER)
     low, value, high = (_place(100 * float(row[name]), 100, ACCURACY) for name in ("ex_low", "ex", "ex_high"))
     size = int(row["size_bytes"]) / 1e6
     right = _place(size, largest, SIZE)
