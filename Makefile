@@ -1,5 +1,6 @@
 # make demo   install when needed, then the whole story on the embedded model (CPU, offline)
 # make test   the tests          make check   ruff and mypy          make fix   what ruff can repair
+# make docs   the reference from the code, then the site in build/site
 # VENV=dir uses another environment; TORCH_INDEX=url takes torch from another index (empty: the default one).
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://dow
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fix clean
+.PHONY: demo test check fix docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quantlab demo
@@ -27,6 +28,12 @@ fix: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m tools.docs.reference
+	$(BIN)/python -m tools.docs.picture
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): torch first, then the rest (a few minutes)"
@@ -36,6 +43,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 clean:

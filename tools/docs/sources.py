@@ -50,7 +50,7 @@ def _walk(schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
         inner = _inner(field, definitions)
         meaning = field.get("description") or KEYS.get(dotted) or KEYS.get(name if prefix else dotted, "")
         if inner is None:
-            default = "" if name in required else _json(field.get("default", _default_of(schema, name)))
+            default = "" if name in required else _json(field["default"] if "default" in field else _default_of(schema, name))
             yield Key(dotted, _type(field, definitions), default, meaning)
         else:
             optional = "anyOf" in field
@@ -80,7 +80,7 @@ def _default_of(schema: Mapping[str, Any], name: str) -> Any:
 
     for module in (load, quantize, distill, base):
         model = getattr(module, str(schema.get("title")), None)
-        if model is not None:
+        if model is not None and name in model.model_fields:
             return model.model_fields[name].get_default(call_default_factory=True)
     return None
 
