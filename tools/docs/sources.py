@@ -50,7 +50,8 @@ def _walk(schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
         inner = _inner(field, definitions)
         meaning = field.get("description") or KEYS.get(dotted) or KEYS.get(name if prefix else dotted, "")
         if inner is None:
-            default = "" if name in required else _json(field["default"] if "default" in field else _default_of(schema, name))
+            value = field["default"] if "default" in field else _default_of(schema, name)
+            default = "" if name in required else _json(value)
             yield Key(dotted, _type(field, definitions), default, meaning)
         else:
             optional = "anyOf" in field
