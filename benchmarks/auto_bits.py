@@ -36,8 +36,8 @@ from quantlab.models.load import Subject, load_subject, quiet_libraries
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.recipe.base import PerplexityOptions
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.tasks import PerplexityOptions
 
 HERE = Path(__file__).resolve().parent
 BABY = HERE.parents[1] / "shared" / "data" / "models" / "babyllama-char-1M"

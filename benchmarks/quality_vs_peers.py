@@ -65,7 +65,7 @@ class Judge:
 
     def __init__(self, subject: Subject, test_tokens: int | None) -> None:
         from quantlab.models.load import load_subject, quiet_libraries
-        from quantlab.recipe.base import PerplexityOptions
+        from quantlab.registry.tasks import PerplexityOptions
 
         quiet_libraries()
         self.loaded = load_subject(subject.model, device="cpu", dtype="float32")

@@ -15,21 +15,15 @@ from quantlab import __version__
 from quantlab.calibration import read_texts
 from quantlab.commands.defaults import note_texts
 from quantlab.commands.distill_plan import Plan, plan_cell
-from quantlab.commands.work import (
-    Work,
-    find_baseline,
-    short_hash,
-    start_run,
-    text_digest,
-)
+from quantlab.commands.work import Work, find_baseline, start_run, text_digest
 from quantlab.distill.prepare import prepare, read_source
 from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.sweep import Cell
 from quantlab.models.provenance import provenance
 from quantlab.models.safetensors.files import ModelFiles, open_files
-from quantlab.paths import atomic_write_text
+from quantlab.paths import atomic_write_text, short_hash
 from quantlab.progress import Progress
-from quantlab.quant.checkpoint import partial_path
+from quantlab.quant.checkpoint_paths import partial_path
 from quantlab.recipe.distill import DistillRecipe
 from quantlab.runs.leaderboard import rebuild_leaderboard
 from quantlab.runs.run import Run

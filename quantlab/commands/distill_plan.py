@@ -16,7 +16,6 @@ from quantlab.commands.work import (
     open_model,
     plan_work,
     refuse_existing,
-    short_hash,
     stored_as,
     text_digest,
 )
@@ -25,7 +24,7 @@ from quantlab.distill.sweep import Cell
 from quantlab.errors import MachineError, RecipeError
 from quantlab.models.provenance import provenance
 from quantlab.models.safetensors.files import ModelFiles
-from quantlab.paths import file_digest, find_source, slug
+from quantlab.paths import file_digest, find_source, short_hash, slug
 from quantlab.recipe.distill import DistillRecipe
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.text2sql.data.dataset import digest, on_the_hub

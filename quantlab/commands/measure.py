@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.commands.work import Work
 from quantlab.errors import NotANumber
-from quantlab.evals import IN_TURN, NEEDS_BASELINE, run_task
+from quantlab.evals import run_task
 from quantlab.progress import Progress
-from quantlab.recipe.base import SpeedOptions
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.tasks import TASKS, SpeedOptions
 from quantlab.runs.run import Run, verdicts
 from quantlab.stats import flips
 
@@ -113,11 +113,11 @@ class Bench:
         run.record["data"] = dict(work.data)
         run.record["errors"] = {}
         for task in recipe.evaluate:
-            done = task in run.record["tasks"] or task in IN_TURN
-            if done or (task in NEEDS_BASELINE and own_baseline):
+            known = TASKS[task.partition(":")[0]]
+            if task in run.record["tasks"] or known.in_turn or (known.needs_baseline and own_baseline):
                 continue
             reference = (
-                self.baseline(baseline_ref, recipe.dtype) if task in NEEDS_BASELINE and baseline_ref else None
+                self.baseline(baseline_ref, recipe.dtype) if known.needs_baseline and baseline_ref else None
             )
             started = time.perf_counter()
             try:

@@ -55,7 +55,7 @@ def plan(
     files = open_model(options.model)
     recipes = [(name, settle(recipe, files)) for name, recipe in recipes]
     for _, recipe in recipes:
-        check(recipe, options.model)
+        check(recipe, files)
     device, free = _machine(options.device)
     measured = rates or _measure(device, files, options)
     plain = [recipe for _, recipe in recipes]

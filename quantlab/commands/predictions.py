@@ -16,9 +16,8 @@ from typing import Any
 
 from quantlab import __version__
 from quantlab.commands.guard import print_json, stdout_is_stderr
-from quantlab.commands.work import short_hash
 from quantlab.errors import RecipeError
-from quantlab.paths import file_digest, slug
+from quantlab.paths import file_digest, short_hash, slug
 from quantlab.progress import Progress, default_progress
 from quantlab.recipe.load import EvaluateRecipe, parse_recipe
 from quantlab.runs.leaderboard import rebuild_leaderboard

@@ -6,9 +6,8 @@ digest), so the same experiment always has the same directory, and anything that
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,14 +18,17 @@ from quantlab.errors import RecipeError
 from quantlab.models.provenance import provenance
 from quantlab.models.refusals import refuse_unusable
 from quantlab.models.safetensors.files import DTYPE_BYTES, ModelFiles, open_files
-from quantlab.paths import file_digest, find_source, slug
+from quantlab.paths import short_hash, slug
 from quantlab.progress import Progress
 from quantlab.recipe.load import Recipe, load_recipe
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry import load
+from quantlab.registry.tasks import TASKS, options_key
 from quantlab.runs.run import Run, read_runs
 
-WINDOWED = ("perplexity", "fidelity")  # tasks on windows of a text
-COMPARED = ("perplexity", "text2sql", "speed")  # tasks whose numbers are set against the baseline's
+COMPARED = tuple(
+    name for name, task in TASKS.items() if task.compared
+)  # set against the baseline's own numbers
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -
     if longest is None:
         return
     tasks = recipe.evaluate if measured else []
-    wanted = {f"tasks.{t}.seq_len": getattr(recipe.tasks, t).seq_len for t in WINDOWED if t in tasks}
+    wanted = {f"tasks.{key}.seq_len": options.seq_len for key, options in _windowed(recipe, tasks)}
     if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
         wanted["calibration.seq_len"] = recipe.calibration.seq_len
     too_long = {key: value for key, value in wanted.items() if value > longest}
@@ -124,40 +126,37 @@ def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -
             + ", ".join(f"{key} {value}" for key, value in too_long.items()),
             hint=" ".join(f"--set {key}={longest}" for key in too_long),
         )
-    speed = recipe.tasks.speed
-    if "speed" in tasks and speed.prompt_tokens + speed.new_tokens > longest:
-        raise RecipeError(
-            f"{files.name} has {longest} positions, fewer than prompt_tokens + new_tokens of tasks.speed",
-            hint=f"--set tasks.speed.prompt_tokens={max(1, longest - speed.new_tokens)}",
-        )
+    for entry in tasks:
+        name = entry.partition(":")[0]
+        if complaint := TASKS[name].fits(recipe.tasks.of(entry), longest):
+            said, (key, value) = complaint
+            raise RecipeError(
+                f"{files.name} has {longest} positions, {said} of tasks.{options_key(name)}",
+                hint=f"--set tasks.{options_key(name)}.{key}={value}",
+            )
 
 
-def data_digest(recipe: Recipe, task: str) -> str:
+def _windowed(recipe: Recipe, tasks: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Keys and options of the tasks that are measured on windows of a text."""
+    for entry in tasks:
+        name = entry.partition(":")[0]
+        if TASKS[name].texts:
+            yield options_key(name), recipe.tasks.of(entry)
+
+
+def data_digest(recipe: Recipe, entry: str) -> str:
     """16 hexadecimal characters for the data of a task, "" for a task without. DataError for data that is bad."""
-    options: Any = recipe.tasks.of(task)
-    if task == "text2sql":
-        from quantlab.text2sql.data.dataset import digest, load_items, on_the_hub
-
-        if on_the_hub(options.data):
-            return short_hash([options.data])
-        return digest(load_items(options.data, options.limit))
-    if task in WINDOWED:
-        return text_digest(options.source)
-    if task.startswith("lm-eval:") and options.include_path:
-        folder = find_source(options.include_path)
-        if not folder.is_dir():
-            raise RecipeError(f"tasks.lm_eval.include_path: {folder} is not a directory")
-        return short_hash([file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()])
-    return ""
+    task, options = TASKS[entry.partition(":")[0]], recipe.tasks.of(entry)
+    if task.data_digest:
+        found: str = load(task.data_digest)(options)
+        return found
+    texts = [text_digest(getattr(options, key)) for key in task.texts]
+    return texts[0] if len(texts) == 1 else short_hash(texts) if texts else ""
 
 
 def text_digest(source: str) -> str:
     """Digest of a text source; a hub dataset by its name, since fetching it is heavy work."""
     return short_hash([source] if source.startswith("hf:") else read_texts(source))
-
-
-def short_hash(parts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def stored_bits(files: ModelFiles) -> int:

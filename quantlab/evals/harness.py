@@ -16,7 +16,7 @@ from quantlab.evals.lm_eval_tasks import FOLDER
 from quantlab.models.load import Subject
 from quantlab.paths import find_source, nearest
 from quantlab.progress import Progress
-from quantlab.recipe.base import LmEvalOptions
+from quantlab.registry.tasks import LmEvalOptions
 from quantlab.runs.run import VERDICTS, Sample, TaskResult
 
 

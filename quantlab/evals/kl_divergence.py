@@ -20,7 +20,7 @@ from quantlab.evals.kv_cache import Caches, logits_of
 from quantlab.evals.windows import batch_rows, load_windows, refuse_nan
 from quantlab.models.load import Subject
 from quantlab.progress import Progress
-from quantlab.recipe.base import FidelityOptions
+from quantlab.registry.tasks import FidelityOptions
 from quantlab.runs.run import TaskResult
 
 POSITIONS_AT_ONCE = 256

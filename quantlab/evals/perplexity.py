@@ -23,7 +23,7 @@ from quantlab.evals.kv_cache import Caches, logits_of
 from quantlab.evals.windows import PROTOCOL, batch_rows, load_windows, refuse_nan
 from quantlab.models.load import Subject
 from quantlab.progress import Progress
-from quantlab.recipe.base import PerplexityOptions
+from quantlab.registry.tasks import PerplexityOptions
 from quantlab.runs.run import TaskResult
 
 POSITIONS_AT_ONCE = 512  # converted to float32 at a time, where logits come in half precision

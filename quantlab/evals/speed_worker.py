@@ -83,7 +83,7 @@ class Bench:
         from quantlab.evals.kv_cache import Caches
         from quantlab.models.held_memory import held_bytes
         from quantlab.models.load import load_subject, packed_as
-        from quantlab.recipe.base import KvCacheOptions, SpeedOptions
+        from quantlab.registry.tasks import KvCacheOptions, SpeedOptions
 
         asked = self.asked
         started = time.perf_counter()

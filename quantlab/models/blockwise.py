@@ -8,12 +8,13 @@ experts are taken apart (``experts``), names are those of the skeleton inside an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from quantlab.errors import DataError, first_line
 from quantlab.models.experts import separate
@@ -305,9 +306,15 @@ def refuse_blocks(model: nn.Module, blocks: nn.ModuleList, called: str) -> None:
         raise DataError(f"{called}: the blocks of {architecture} hold no linear layers")
 
 
-def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    """One block on hidden states [rows, seq_len, hidden]; returns the same shape."""
-    out = block(hidden, *call.args, **call.kwargs)
+def run_block(
+    block: nn.Module, hidden: torch.Tensor, call: Call, weights: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """One block on hidden states [rows, seq_len, hidden]; returns the same shape. ``weights``: other values for some
+    parameters, by their names in the block."""
+    if weights:
+        out = functional_call(block, dict(weights), (hidden, *call.args), call.kwargs)
+    else:
+        out = block(hidden, *call.args, **call.kwargs)
     result = out[0] if isinstance(out, tuple) else out
     assert isinstance(result, torch.Tensor)
     return result

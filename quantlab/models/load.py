@@ -19,7 +19,9 @@ from quantlab.errors import DataError, MachineError, first_line
 from quantlab.models.packed_experts import separated
 from quantlab.models.precision import computed_in
 from quantlab.models.safetensors.files import ModelFiles, open_files
+from quantlab.models.safetensors.weight_files import own_format
 from quantlab.models.vocabulary import embedding_rows, refuse_beyond
+from quantlab.registry import load
 
 # gptqmodel sizes its pools for a server unless told; it reads this once, at import.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
@@ -96,6 +98,11 @@ def load_subject(
 
     extra = {"quantization_config": quantization} if quantization is not None else {}
     wanted = _dtype(files, dtype, place)
+    if own := own_format(files.config):
+        model = load(own.load or "")(files.path, wanted).to(place).eval()
+        return Subject(
+            model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
+        )
     loader: Any = AutoModelForCausalLM
     if experts := separated(files, torch.float32, trust_remote_code):
         loader, extra = experts[0], extra | experts[1]

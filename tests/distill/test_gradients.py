@@ -18,6 +18,7 @@ from quantlab.quant.grid import Quantized
 from quantlab.quant.methods.bnb import bnb_config
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import FORMATS
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(1, 65)[None]
@@ -123,7 +124,7 @@ def test_gptq_layout_before_and_after_an_evaluation(
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
-            parts = {suffix: stored[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES}
+            parts = {suffix: stored[f"{name}.{suffix}"] for suffix in FORMATS["gptq"].suffixes}
             yield name, Quantized(*gptq.unpack(parts, bits=bits, group_size=32), bits).dequantize()
 
     expected = gradient(with_adapters(plain_copy(tiny, weights())))

@@ -13,7 +13,7 @@ from quantlab.errors import DataError, RecipeError
 from quantlab.evals.kl_divergence import compare_logits, evaluate, percentile
 from quantlab.models.load import Subject
 from quantlab.progress import Silent
-from quantlab.recipe.base import FidelityOptions
+from quantlab.registry.tasks import FidelityOptions
 
 STORY = "Once upon a time there was a little girl named Lily. She liked to play outside in the sun. " * 20
 

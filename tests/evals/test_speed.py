@@ -28,8 +28,8 @@ from quantlab.models.load import load_subject
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job
 from quantlab.quant.pipeline import quantize
-from quantlab.recipe.base import KvCacheOptions, SpeedOptions
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.tasks import KvCacheOptions, SpeedOptions
 from tests.conftest import write_tiny
 
 OPTIONS = SpeedOptions(prompt_tokens=16, new_tokens=4, repeats=2)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantlab.errors import DataError
-from quantlab.formats import layout
+from quantlab.formats import format_module
 from quantlab.models.blockwise import Opened, _Record, linears, run_block
 from quantlab.models.load import load_subject
 from quantlab.models.refusals import refuse_unfit
@@ -309,7 +309,7 @@ def dequantized(checkpoint: Path, target: Path) -> Path:
             plain[name] = tensor.float()
     for owner in packed:
         parts = {n[len(owner) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{owner}.")}
-        codes, scales, zeros, group = layout(told["quant_method"]).unpack(parts, bits=4, group_size=32)
+        codes, scales, zeros, group = format_module(told["quant_method"]).unpack(parts, bits=4, group_size=32)
         plain[f"{owner}.weight"] = ((codes.float() - zeros[:, group]) * scales[:, group]).contiguous()
     target.mkdir()
     save_file(plain, target / "model.safetensors", metadata={"format": "pt"})

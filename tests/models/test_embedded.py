@@ -18,8 +18,8 @@ from quantlab.models.load import load_subject
 from quantlab.models.safetensors.files import EMBEDDED, open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, Outcome, quantize
-from quantlab.recipe.base import PerplexityOptions
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.tasks import PerplexityOptions
 
 OPTIONS = PerplexityOptions(source="heldout.txt", max_tokens=16384)
 CALIBRATION = {"source": "calib/ko-text2sql.jsonl", "rows": 32, "seq_len": 512}

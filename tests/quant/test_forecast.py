@@ -14,14 +14,15 @@ import torch
 
 from quantlab.commands.plan import Options, lines, plan
 from quantlab.errors import DataError, RecipeError
-from quantlab.formats import layout
+from quantlab.formats import format_module
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
-from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes, packed_entries
+from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes
 from quantlab.quant.estimate.forecast import Rates, forecast, together
 from quantlab.quant.grid import Grid, round_to_grid
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import FORMATS, Linear
 
 from ..conftest import write_tiny
 
@@ -72,11 +73,11 @@ def test_entries_are_those_of_the_layouts(name: str, bits: int, group_size: int)
     if name == "awq" and bits != 4:
         pytest.skip("the layout has 4 bits only")
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    q = round_to_grid(weight, Grid(bits, group_size, True, layout(name).ZERO_MIN))
-    packed = layout(name).pack(
+    q = round_to_grid(weight, Grid(bits, group_size, True, FORMATS[name].zero_min))
+    packed = format_module(name).pack(
         q.codes, q.scales, q.zeros, q.group_of, bits=bits, group_size=group_size, symmetric=True
     )
-    entries = packed_entries(name, (64, 96), bits, group_size, "BF16")
+    entries = FORMATS[name].tensors(Linear(64, 96, bits, 1 if group_size == -1 else 96 // group_size, "BF16"))
     assert entries.keys() == packed.keys()
     for key, (dtype, shape) in entries.items():
         assert tuple(packed[key].shape) == shape

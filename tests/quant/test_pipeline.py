@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from quantlab.errors import DataError, MachineError, RecipeError
-from quantlab.formats import layout
+from quantlab.formats import format_module
 from quantlab.models.load import load_subject
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, Outcome, check, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import FORMATS
 
 from ..conftest import SHARED, write_tiny
 
@@ -50,10 +51,11 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     for file in sorted(checkpoint.glob("*.safetensors")):
         tensors |= load_file(file)
     config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    module = layout("awq" if config["quant_method"] == "awq" else "gptq")
+    kind = "awq" if config["quant_method"] == "awq" else "gptq"
+    module = format_module(kind)
     found = {}
     for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
-        parts = {s: tensors[f"{name}.{s}"] for s in module.SUFFIXES}
+        parts = {s: tensors[f"{name}.{s}"] for s in FORMATS[kind].suffixes}
         codes, scales, zeros, group = module.unpack(
             parts, bits=config["bits"], group_size=config["group_size"]
         )

@@ -96,8 +96,9 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 def intended(tiny: Path, checkpoint: Path) -> torch.Tensor:
     """Logits of the original model with the checkpoint's weights written into it, loaded whole: another way to the same
     numbers."""
-    from quantlab.formats import layout
+    from quantlab.formats import format_module
     from quantlab.quant.verify.reference_logits import packed_linears, width_of
+    from quantlab.registry.formats import FORMATS
 
     files = open_files(checkpoint)
     config = files.quantized
@@ -107,9 +108,13 @@ def intended(tiny: Path, checkpoint: Path) -> torch.Tensor:
         stored |= load_file(file)
     model = load_subject(tiny, device="cpu", dtype="float32").model
     state = model.state_dict()
-    reader = layout(config["quant_method"])
+    reader = format_module(config["quant_method"])
     for name in packed_linears(files):
-        parts = {s: stored[f"{name}.{s}"] for s in reader.SUFFIXES if f"{name}.{s}" in stored}
+        parts = {
+            s: stored[f"{name}.{s}"]
+            for s in FORMATS[config["quant_method"]].suffixes
+            if f"{name}.{s}" in stored
+        }
         bits, size = width_of(config, name)
         codes, scales, zeros, group = reader.unpack(parts, bits=bits, group_size=size)
         state[f"{name}.weight"].copy_((codes.float() - zeros[:, group]) * scales[:, group])

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from quantlab.errors import DataError, RecipeError
-from quantlab.recipe.base import Text2SqlOptions
 from quantlab.recipe.load import parse_recipe
+from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.text2sql.data.dataset import load_items
 from quantlab.text2sql.data.item import Item
 from quantlab.text2sql.prompt.few_shot import select_shots

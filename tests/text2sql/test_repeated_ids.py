@@ -19,7 +19,7 @@ from quantlab.evals import text2sql
 from quantlab.evals.text2sql import evaluate
 from quantlab.models.load import load_subject
 from quantlab.progress import Silent
-from quantlab.recipe.base import Text2SqlOptions
+from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.text2sql.data.dataset import digest, distinct_ids, id_notes, load_items
 from quantlab.text2sql.data.item import BadRow
 from quantlab.text2sql.data.predictions import read_judge, read_predictions

@@ -31,15 +31,15 @@ def bnb_config(kind: str, *, double_quant: bool = False, compute_dtype: torch.dt
     )
 
 
-def quantize_bnb(
+def quantize_model(
     ref: str,
     target: Path,
     kind: str,
     *,
-    double_quant: bool,
     dtype: torch.dtype,
     device: str,
     trust_remote_code: bool = False,
+    double_quant: bool = False,
 ) -> Subject:
     """Quantize a whole model with bitsandbytes and save it into the directory ``target``."""
     subject = load_subject(

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from quantlab.errors import RecipeError
-from quantlab.formats import layout
-from quantlab.formats.shapes import widths as possible_widths
+from quantlab.formats import format_module
 from quantlab.models.blockwise import Opened
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.models.scale_folding import Structure
@@ -31,6 +30,7 @@ from quantlab.quant.mixed_precision.allocate import Allocation, BudgetError, Lay
 from quantlab.quant.mixed_precision.sensitivity import ROWS, SEQ_LEN, sensitivities
 from quantlab.quant.sequential import Plan
 from quantlab.quant.verify.reference_logits import Probe
+from quantlab.registry.formats import FORMATS, fitting_widths
 
 
 def width_plans(plan: Plan, widths: Sequence[int], *, resume: bool) -> list[Plan]:
@@ -121,7 +121,7 @@ def _layers(
     """What is to be decided, and which layers must decide alike."""
     layers = []
     for name, (out_features, in_features) in files.block_linears().items():
-        fitting = possible_widths(plan.layout, plan.grid.group_size, in_features, out_features)
+        fitting = fitting_widths(plan.layout, plan.grid.group_size, in_features, out_features)
         loss = {p.grid.bits: p.writer.losses[name] for p in solved if p.grid.bits in fitting}
         layers.append(Layer(name, out_features * in_features, loss, measured[name]))
     tied = []
@@ -145,17 +145,17 @@ def _assemble(
     prefix = f"{opened.stored_prefix}.{index}."
     chosen = {name.removeprefix(prefix): bits for name, bits in widths.items() if name.startswith(prefix)}
     blocks = {bits: by_bits[bits].writer.read_block(index) for bits in {*chosen.values()}}
-    reader = layout(plan.layout)
+    reader, suffixes = format_module(plan.layout), FORMATS[plan.layout].suffixes
     tensors, result, loss = {}, BlockResult(), {}
     for name, bits in chosen.items():
-        parts = {s: blocks[bits][f"{name}.{s}"] for s in reader.SUFFIXES if f"{name}.{s}" in blocks[bits]}
+        parts = {s: blocks[bits][f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in blocks[bits]}
         tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in parts.items()})
         loss[name] = by_bits[bits].writer.losses[prefix + name]
         codes, scales, zeros, group_of = reader.unpack(parts, bits=bits, group_size=plan.grid.group_size)
         result.quantized[_inside(opened, index, prefix + name)] = Quantized(
             codes, scales, zeros, group_of, bits
         )
-    packed = {f"{name}.{suffix}" for name in chosen for suffix in reader.SUFFIXES}
+    packed = {f"{name}.{suffix}" for name in chosen for suffix in suffixes}
     owners = _owners(folds)
     for key in blocks[min(blocks)].keys() - packed:
         inside = _inside(opened, index, prefix + key)

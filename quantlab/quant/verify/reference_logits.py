@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from quantlab.errors import DataError
-from quantlab.formats import layout
+from quantlab.formats import format_module
 from quantlab.models.blockwise import Opened, run_block
 from quantlab.models.experts import Experts
 from quantlab.models.lazy_weights import borrowed
@@ -30,8 +30,10 @@ from quantlab.models.safetensors.files import ModelFiles, TensorInfo, open_files
 from quantlab.models.safetensors.tensors import read_rows, read_tensor
 from quantlab.quant.block import BlockResult
 from quantlab.quant.grid import Quantized
+from quantlab.registry.formats import FORMATS
 
-PACKED = ("qweight", "weight_packed", "weight_scale")  # a module with one of these holds its weight packed
+# A module with a tensor of one of these names holds its weight packed.
+PACKED = frozenset(mark for found in FORMATS.values() for mark in found.marks)
 
 
 class FileWeights:
@@ -239,7 +241,7 @@ class _PackedWeights(FileWeights):
     ) -> None:
         super().__init__(opened)
         self.config, self.packed = config, packed
-        self.reader = layout(str(config["quant_method"])) if packed else None
+        self.reader = format_module(str(config["quant_method"])) if packed else None
 
     def whole(self, name: str) -> torch.Tensor | None:
         owner, _, leaf = name.rpartition(".")

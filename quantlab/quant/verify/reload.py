@@ -30,10 +30,11 @@ import torch
 from safetensors.torch import load_file
 
 from quantlab.errors import MachineError, QuantlabError
-from quantlab.formats.readers import transformers_reads
 from quantlab.models.memory import available
 from quantlab.models.safetensors.files import ModelFiles, open_files
+from quantlab.models.safetensors.weight_files import own_format
 from quantlab.quant.verify.reference_logits import Expected
+from quantlab.registry.formats import transformers_reads
 from quantlab.workers import last_line, start, stopping
 
 WORKER = "quantlab.quant.verify.worker"
@@ -57,7 +58,8 @@ LARGEST = Tolerance(0.25, 0.1)  # beyond this nothing is proven, however the mod
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of reloading one checkpoint. ``how``: ``transformers``, ``separated`` (experts apart) or ``streamed``;
+    """What came of reloading one checkpoint. ``how``: ``transformers``, ``separated`` (experts apart),
+    ``own reader`` (``Format.load``) or ``streamed``;
     ``why`` it was not transformers. ``top1``: share of positions whose most likely token is the intended one.
     ``peak_bytes``: of the fresh process, above what it held before it opened the checkpoint."""
 
@@ -215,6 +217,8 @@ def _how(files: ModelFiles, memory_limit: int | None) -> tuple[str, str]:
     room = available() - IMPORTS if memory_limit is None else memory_limit
     quantized = files.quantized or {}
     plain = transformers_reads(str(quantized.get("quant_method", "none")), experts=files.has_experts)
+    if own_format(files.config):
+        return "own reader", "the format has files of its own"
     if needed <= room and plain:
         return "transformers", ""
     if needed <= room and not plain:
