@@ -75,7 +75,7 @@ def run(out: Path, *, as_json: bool = False) -> None:
         and any(out.iterdir())
         and not any((out / name).exists() for name in ("runs", "student", "student.partial", "data"))
     ):
-        raise RecipeError(f"{out} already holds something else", hint="--out writes elsewhere")
+        raise RecipeError(f"{out} contains something else", hint="pass another --out")
     lesson = load_recipe(find_recipe(DISTILL), (*TRAINED, f"train.precision={_precision()}"))
     assert isinstance(lesson, DistillRecipe)
     recipes = quantize_recipes()

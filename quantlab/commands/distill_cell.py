@@ -15,7 +15,7 @@ from quantlab import __version__
 from quantlab.calibration import read_texts
 from quantlab.commands.defaults import note_texts
 from quantlab.commands.distill_plan import Plan, plan_cell
-from quantlab.commands.work import Work, find_baseline, start_run, text_digest
+from quantlab.commands.planned_run import PlannedRun, find_baseline, start_run, text_digest
 from quantlab.distill.prepare import prepare, read_source
 from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.sweep import Cell
@@ -116,7 +116,7 @@ def _make(plan: Plan, options: Options, progress: Progress, together: _Processes
     shutil.rmtree(partial)
 
 
-def _open_partial(partial: Path, work: Work, options: Options) -> None:
+def _open_partial(partial: Path, work: PlannedRun, options: Options) -> None:
     """The directory of the unfinished student; one of another recipe, or without --resume, is begun anew."""
     marker = partial / "resume.json"
     key = {"run_id": work.run_id}
@@ -216,12 +216,12 @@ def _logits(plan: Plan, student: Any, examples: Any, options: Options, progress:
     """The teacher's log-probabilities on the examples, gathered where the store lacks them."""
     from quantlab.distill.logits import gather_logits, same_vocabulary, vocabulary_digest
     from quantlab.distill.train import LogitLoss
-    from quantlab.models.load import load_subject
+    from quantlab.models.load import load_model
 
     wish = plan.recipe.train.logits
     assert wish is not None
     files = open_files(wish.model)
-    teacher = load_subject(
+    teacher = load_model(
         wish.model,
         device=options.device,
         dtype="float32" if student.device == "cpu" else "auto",
@@ -278,10 +278,10 @@ def _stored_dtype(files: ModelFiles) -> str:
 def _measure(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]:
     """Base and student on the same items, the comparison, the card; returns what the summary shows."""
     from quantlab.commands.distill_report import add_comparison, describe
-    from quantlab.commands.measure import Bench, Entry
+    from quantlab.commands.measure import Entry, Evaluator
     from quantlab.report.student_card import write_student_card
 
-    bench = Bench(options.device, options.trust_remote_code, progress)
+    bench = Evaluator(options.device, options.trust_remote_code, progress)
     model = plan.recipe.student.model
     base = find_baseline(plan.work, plan.files.digest) or plan.base.existing() or start_run(plan.base)
     run = plan.work.existing() or start_run(plan.work)

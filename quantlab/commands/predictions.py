@@ -83,7 +83,7 @@ def score(predictions: Path, options: Options, progress: Progress) -> dict[str, 
     if found is not None and found.done and not options.resume:
         raise RecipeError(
             f"{directory}: these predictions were scored already",
-            hint="--resume shows them; --results writes elsewhere",
+            hint="pass --resume to show them, or another --results",
         )
     if found is None or not found.done:
         found = Run.start(directory, recipe.to_yaml(), row)

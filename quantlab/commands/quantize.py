@@ -17,10 +17,10 @@ from typing import Any
 
 from quantlab.commands.defaults import note_texts, settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
-from quantlab.commands.measure import Bench, Entry
-from quantlab.commands.work import (
+from quantlab.commands.measure import Entry, Evaluator
+from quantlab.commands.planned_run import (
     COMPARED,
-    Work,
+    PlannedRun,
     check_weights,
     find_baseline,
     open_model,
@@ -69,7 +69,7 @@ class Options:
 class Item:
     """One recipe on its way: where its checkpoint goes, its run, and what is left to do."""
 
-    work: Work
+    work: PlannedRun
     out: Path | None  # None: the model itself
     solve: bool = True
     measure: bool = True
@@ -232,15 +232,15 @@ def _settle(item: Item, options: Options) -> None:
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         made = provenance(out)
         if not options.resume:
-            goes_on = "--resume continues; " if made else ""
-            raise RecipeError(f"{out} is not empty", hint=f"{goes_on}--out writes elsewhere")
+            goes_on = "pass --resume to continue, or " if made else "pass "
+            raise RecipeError(f"{out} is not empty", hint=f"{goes_on}another --out")
         if (made.get("recipe_digest"), made.get("parent_digest")) != (
             work.row["recipe_digest"],
             work.files.digest,
         ):
             raise RecipeError(
                 f"{out} contains a checkpoint from another recipe or model",
-                hint="--out writes elsewhere",
+                hint="pass another --out",
             )
         item.solve = False
         tidy(out)  # what a kill between naming the checkpoint and cleaning up left behind
@@ -293,7 +293,7 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], Path, list[str]]:
     """Measure what is left, rebuild the leaderboard after every run; returns the rows of these runs, ranked, and what
     could not be measured."""
-    bench = Bench(options.device, options.trust_remote_code, progress)
+    bench = Evaluator(options.device, options.trust_remote_code, progress)
     for item in items:
         if not item.measure:
             progress.note(f"{item.work.name}: measured already, run {item.work.run_id}")

@@ -12,13 +12,13 @@ from quantlab.registry import load
 from quantlab.registry.tasks import TASKS
 
 if TYPE_CHECKING:
-    from quantlab.models.load import Subject
+    from quantlab.models.load import LoadedModel
     from quantlab.progress import Progress
     from quantlab.runs.run import TaskResult
 
 
 def run_task(
-    entry: str, subject: Subject, options: Any, *, baseline: Subject | None = None, progress: Progress
+    entry: str, subject: LoadedModel, options: Any, *, baseline: LoadedModel | None = None, progress: Progress
 ) -> TaskResult:
     """Score `subject` on one entry of a recipe's `evaluate`; `options` is `recipe.tasks.of(entry)`."""
     task = TASKS.get(entry.partition(":")[0])

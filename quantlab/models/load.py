@@ -28,7 +28,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
 
 
 @dataclass
-class Subject:
+class LoadedModel:
     """A model ready to be measured. ``size_bytes`` is that of its weight files; ``params`` counts the
     original parameters, also of a quantized checkpoint."""
 
@@ -73,14 +73,14 @@ def load_tokenizer(files: ModelFiles, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_subject(
+def load_model(
     ref: str | Path,
     *,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quantization: Any = None,
-) -> Subject:
+) -> LoadedModel:
     """Load a model directory, hub id or ``embedded:<name>`` through transformers: plainly, but for quantized mixtures
     of experts, which transformers cannot read by itself (see ``packed_experts``).
 
@@ -100,7 +100,7 @@ def load_subject(
     wanted = _dtype(files, dtype, place)
     if own := own_format(files.config):
         model = load(own.load or "")(files.path, wanted).to(place).eval()
-        return Subject(
+        return LoadedModel(
             model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
         )
     loader: Any = AutoModelForCausalLM
@@ -124,7 +124,7 @@ def load_subject(
         compute_bnb_in(model, wanted)
     if hasattr(model, "ct_decompress_hook"):  # unpack now, not inside the first forward that is timed
         model.hf_quantizer.compressor.decompress_model(model)
-    return Subject(
+    return LoadedModel(
         model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
     )
 

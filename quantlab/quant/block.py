@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
-from quantlab.models.scale_folding import Structure
+from quantlab.models.scale_folding import ScaleFolds
 from quantlab.quant.grid import Quantized
-from quantlab.quant.hessian import Moments
+from quantlab.quant.hessian import InputHessian
 
-NOTHING = Structure()
+NOTHING = ScaleFolds()
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class BlockView:
     """
 
     stored: Mapping[str, torch.Tensor]
-    moments: Sequence[Moments] = ()
-    structure: Structure = NOTHING
+    moments: Sequence[InputHessian] = ()
+    structure: ScaleFolds = NOTHING
     norms: Mapping[str, NormInput] = field(default_factory=dict)
     plain: Mapping[str, torch.Tensor] = field(default_factory=dict)
     cache: dict[Any, Any] | None = field(default=None, repr=False)
@@ -52,11 +52,11 @@ class BlockView:
         """A layer's weight in float32 [out, in]."""
         return self.stored[name].detach().to(torch.float32)
 
-    def stack(self, moments: Moments) -> torch.Tensor:
+    def stack(self, moments: InputHessian) -> torch.Tensor:
         """The layers of one input as one matrix [sum of out, in], float32: rows are solved independently."""
         return torch.cat([self.stored[n].detach() for n in moments.layers]).to(torch.float32)
 
-    def rows(self, moments: Moments) -> list[int]:
+    def rows(self, moments: InputHessian) -> list[int]:
         """How many rows of :meth:`stack` belong to each layer."""
         return [len(self.stored[n]) for n in moments.layers]
 

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from quantlab.models.activations import Activations
-from quantlab.models.blockwise import Call, batches, linears, run_block
-from quantlab.models.scale_folding import Structure, signature, structure
+from quantlab.models.blockwise import BlockInputs, batches, linears, run_block
+from quantlab.models.scale_folding import ScaleFolds, signature, structure
 from quantlab.quant.block import BlockForward, BlockView, NormInput
-from quantlab.quant.hessian import Moments
+from quantlab.quant.hessian import InputHessian
 
 
-class Structures:
+class KnownFolds:
     """The structure of each kind of block, found once on a few probing tokens."""
 
-    def __init__(self, hidden: torch.Tensor, calls: list[Call]) -> None:
+    def __init__(self, hidden: torch.Tensor, calls: list[BlockInputs]) -> None:
         self.hidden, self.calls = hidden, calls
-        self._known: dict[Any, Structure] = {}
+        self._known: dict[Any, ScaleFolds] = {}
 
-    def of(self, index: int, block: nn.Module) -> Structure:
+    def of(self, index: int, block: nn.Module) -> ScaleFolds:
         key = signature(block)
         if key not in self._known:
             self._known[key] = structure(block, self.hidden, self.calls[index])
@@ -32,8 +32,8 @@ class Structures:
 
 def view(
     block: nn.Module,
-    moments: list[Moments],
-    found: Structure | None = None,
+    moments: list[InputHessian],
+    found: ScaleFolds | None = None,
     cache: dict[Any, Any] | None = None,
     kept: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
     forward: BlockForward | None = None,
@@ -72,7 +72,7 @@ def norm_offset(norm: nn.Module) -> float:
 class CalledBlock:
     """A block as calibration rows call it: a ``BlockForward`` over activations that still stand before the block."""
 
-    def __init__(self, block: nn.Module, call: Call, states: Activations, rows_at_once: int) -> None:
+    def __init__(self, block: nn.Module, call: BlockInputs, states: Activations, rows_at_once: int) -> None:
         self.block, self.call, self.states, self.rows_at_once = block, call, states, rows_at_once
 
     def inputs(self) -> Iterator[torch.Tensor]:

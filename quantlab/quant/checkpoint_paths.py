@@ -42,7 +42,7 @@ def claim(out: Path) -> None:
     if out.is_file():
         raise DataError(f"{out} is a file", hint="name a directory for the checkpoint")
     if out.is_dir() and any(out.iterdir()):
-        raise RecipeError(f"{out} is not empty", hint="name another --out, or remove it first")
+        raise RecipeError(f"{out} is not empty", hint="pass another --out, or remove it first")
     if out.is_dir():
         out.rmdir()
 

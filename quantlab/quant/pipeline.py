@@ -30,11 +30,11 @@ from quantlab.registry.methods import METHODS
 if TYPE_CHECKING:
     import torch
 
-    from quantlab.models.blockwise import Opened
+    from quantlab.models.blockwise import BlockwiseModel
     from quantlab.quant.mixed_precision.choose import Choice
-    from quantlab.quant.sequential import Plan, Walk
-    from quantlab.quant.verify.reference_logits import Probe
-    from quantlab.quant.verify.reload import Proof
+    from quantlab.quant.sequential import Plan, SequentialPass
+    from quantlab.quant.verify.reference_logits import ReferencePass
+    from quantlab.quant.verify.reload import Verification
 
 __all__ = ["Job", "Outcome", "Settings", "check", "quantize"]
 
@@ -165,12 +165,12 @@ class _Group:
 
     jobs: Sequence[Job]
     files: ModelFiles
-    opened: Opened
+    opened: BlockwiseModel
     rows: torch.Tensor | None  # calibration token ids [rows, seq_len]
     calibration: Mapping[str, Any]
     settings: Settings
     progress: Progress
-    probe: Probe | None
+    probe: ReferencePass | None
     plans: list[list[Plan]] = field(default_factory=list)
     open_plans: dict[str, Plan] = field(default_factory=dict)  # of jobs that leave the widths open
 
@@ -213,19 +213,19 @@ def _prepare(
     jobs: Sequence[Job], files: ModelFiles, device: str, progress: Progress, settings: Settings
 ) -> _Group:
     """Open the model's skeleton, draw the calibration rows, and make the plans."""
-    from quantlab.models.blockwise import Opened, dtype_of
+    from quantlab.models.blockwise import BlockwiseModel, dtype_of
     from quantlab.models.precision import computed_in
     from quantlab.quant.mixed_precision.choose import width_plans
-    from quantlab.quant.verify.reference_logits import Probe, probe_rows
+    from quantlab.quant.verify.reference_logits import ReferencePass, probe_rows
 
     stored = dtype_of(files, jobs[0].recipe.dtype)
     trust = settings.trust_remote_code
-    opened = Opened(files, device, computed_in(stored, device), trust, stored=stored)
+    opened = BlockwiseModel(files, device, computed_in(stored, device), trust, stored=stored)
     rows, calibration = calibration_rows(jobs, files, trust)
     probe = None
     if settings.prove:
         short = probe_rows(rows, int(opened.config.vocab_size))
-        probe = Probe(files, short, str(opened.device), plain_dtype(opened), trust)
+        probe = ReferencePass(files, short, str(opened.device), plain_dtype(opened), trust)
     group = _Group(jobs, files, opened, rows, calibration, settings, progress, probe)
     for job in jobs:
         plan = make_plan(job, files, opened, calibration, settings.resume)
@@ -249,7 +249,7 @@ def _forecasts(group: _Group) -> list[dict[str, Any]]:
     return [one.record() for one in found]
 
 
-def _solve(group: _Group) -> Walk:
+def _solve(group: _Group) -> SequentialPass:
     """Solve every plan, block by block."""
     from quantlab.quant.sequential import quantize_blocks
 
@@ -272,9 +272,9 @@ def _solve(group: _Group) -> Walk:
     return walk
 
 
-def _open_walk(group: _Group, plans: Sequence[Plan]) -> Walk:
+def _open_walk(group: _Group, plans: Sequence[Plan]) -> SequentialPass:
     from quantlab.quant.hessian_store import StatisticsStore
-    from quantlab.quant.sequential import open_walk
+    from quantlab.quant.sequential import open_pass
 
     key = {"model": group.files.digest, "calibration": str(group.calibration.get("digest", ""))}
     blocks, settings = len(group.opened.blocks), group.settings
@@ -284,12 +284,14 @@ def _open_walk(group: _Group, plans: Sequence[Plan]) -> Walk:
     if settings.statistics is not None:
         reuse = StatisticsStore.open(settings.statistics, blocks, key)
     spill = plans[0].writer.scratch / "activations" if settings.memory_limit else None
-    return open_walk(
+    return open_pass(
         group.opened, group.rows, plans, spill=spill, key=key, probe=group.probe, keep=keep, reuse=reuse
     )
 
 
-def _assemble_job(group: _Group, job: Job, several: Sequence[Plan], walk: Walk, common: float) -> _Finished:
+def _assemble_job(
+    group: _Group, job: Job, several: Sequence[Plan], walk: SequentialPass, common: float
+) -> _Finished:
     """The finished checkpoint of a job, still under its temporary name. ``common``: seconds that all jobs took
     together."""
     started, plan = time.perf_counter(), several[0]
@@ -310,7 +312,7 @@ def _assemble_job(group: _Group, job: Job, several: Sequence[Plan], walk: Walk, 
     return _Finished(outcome, plan)
 
 
-def _choose_widths(group: _Group, job: Job, solved: Sequence[Plan], walk: Walk) -> Choice:
+def _choose_widths(group: _Group, job: Job, solved: Sequence[Plan], walk: SequentialPass) -> Choice:
     from quantlab.quant.mixed_precision.choose import choose
 
     opened, folds = group.opened, walk.structures
@@ -329,13 +331,13 @@ def _verify_and_publish(
     resident before the group began."""
     from quantlab.models.memory import peak_resident
     from quantlab.quant.estimate.forecast import actual
-    from quantlab.quant.verify.reload import require
+    from quantlab.quant.verify.reload import raise_if_failed
 
     proofs = _proofs(group, finished)
     for i, (one, proof) in enumerate(zip(finished, proofs, strict=True)):
         outcome, writer = one.outcome, one.plan.writer
         if proof is not None and not proof.passed:
-            require(proof, outcome.job.name, writer.fail())
+            raise_if_failed(proof, outcome.job.name, writer.fail())
         record = provenance_record(outcome.job, group.files, group.calibration, outcome.seconds)
         record |= {"shared_calibration": outcome.shared_calibration, "loss": outcome.loss}
         if outcome.widths:
@@ -347,8 +349,8 @@ def _verify_and_publish(
         writer.publish(record)
 
 
-def _proofs(group: _Group, finished: Sequence[_Finished]) -> list[Proof | None]:
-    from quantlab.quant.verify.reload import Claim, prove
+def _proofs(group: _Group, finished: Sequence[_Finished]) -> list[Verification | None]:
+    from quantlab.quant.verify.reload import Check, verify
 
     if group.probe is None:
         return [None] * len(finished)
@@ -356,10 +358,10 @@ def _proofs(group: _Group, finished: Sequence[_Finished]) -> list[Proof | None]:
     for one in finished:
         assert one.plan.probe is not None
         logits = group.probe.logits(one.plan.probe)
-        claims.append(Claim(one.plan.writer.finished, logits, one.outcome.job.name))
+        claims.append(Check(one.plan.writer.finished, logits, one.outcome.job.name))
     with group.progress.task("reloading what was written"):
         return list(
-            prove(
+            verify(
                 claims,
                 group.probe.rows,
                 device=str(group.opened.device),
@@ -393,7 +395,7 @@ def calibration_rows(
 
 
 def make_plan(
-    job: Job, files: ModelFiles, opened: Opened, calibration: Mapping[str, Any], resume: bool
+    job: Job, files: ModelFiles, opened: BlockwiseModel, calibration: Mapping[str, Any], resume: bool
 ) -> Plan:
     """A job as the engine needs it. With ``bits: auto`` the grid is that of the widest codes."""
     from quantlab.quant.checkpoint import CheckpointWriter
@@ -414,7 +416,7 @@ def make_plan(
     return Plan(job.name, recipe.method, grid, recipe.format, writer, options, propagate)
 
 
-def plain_dtype(opened: Opened) -> torch.dtype:
+def plain_dtype(opened: BlockwiseModel) -> torch.dtype:
     """What a checkpoint's plain tensors are stored in: the kernels behind the formats compute in 16 bit."""
     import torch
 
@@ -422,7 +424,11 @@ def plain_dtype(opened: Opened) -> torch.dtype:
 
 
 def assemble(
-    plan: Plan, job: Job, files: ModelFiles, opened: Opened, widths: Mapping[str, tuple[int, int]] | None
+    plan: Plan,
+    job: Job,
+    files: ModelFiles,
+    opened: BlockwiseModel,
+    widths: Mapping[str, tuple[int, int]] | None,
 ) -> None:
     """Write everything but the blocks. ``widths``: bits and group size of each linear, where they differ."""
     from quantlab.formats import format_module

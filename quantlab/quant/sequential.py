@@ -23,18 +23,18 @@ from torch import nn
 
 from quantlab.formats import format_module
 from quantlab.models.activations import Activations
-from quantlab.models.blockwise import Call, Opened, batches, linears, run_block
+from quantlab.models.blockwise import BlockInputs, BlockwiseModel, batches, linears, run_block
 from quantlab.models.memory import trim
 from quantlab.models.scale_folding import PROBE_ROWS, PROBE_TOKENS
 from quantlab.models.scaled import scaled_activations
 from quantlab.progress import Progress
 from quantlab.quant.block import BlockResult
-from quantlab.quant.block_view import CalledBlock, Structures, stored_buffers, view, weights_in_place
+from quantlab.quant.block_view import CalledBlock, KnownFolds, stored_buffers, view, weights_in_place
 from quantlab.quant.checkpoint import CheckpointWriter
 from quantlab.quant.grid import Grid, Quantized
-from quantlab.quant.hessian import Collector, Enough, Moments
+from quantlab.quant.hessian import Collector, InputHessian, StopForward
 from quantlab.quant.hessian_store import StatisticsStore
-from quantlab.quant.verify.reference_logits import Probe
+from quantlab.quant.verify.reference_logits import ReferencePass
 from quantlab.registry import load
 from quantlab.registry.formats import FORMATS
 from quantlab.registry.methods import METHODS
@@ -70,7 +70,7 @@ class Stream:
 
 
 @dataclass
-class Walk:
+class SequentialPass:
     """What a walk through the model has besides its plans.
 
     calls: how each block is called for calibration rows. probe: what moves the plans' probes on. keep: where to put the
@@ -79,26 +79,26 @@ class Walk:
     """
 
     streams: list[Stream]
-    calls: list[Call]
-    structures: Structures | None = None
-    probe: Probe | None = None
+    calls: list[BlockInputs]
+    structures: KnownFolds | None = None
+    probe: ReferencePass | None = None
     keep: StatisticsStore | None = None
     reuse: StatisticsStore | None = None
     tight: bool = False
     unreached: list[str] = field(default_factory=list)
 
 
-def open_walk(
-    opened: Opened,
+def open_pass(
+    opened: BlockwiseModel,
     rows: torch.Tensor | None,
     plans: Sequence[Plan],
     *,
     spill: Path | None = None,
     key: Mapping[str, str] | None = None,
-    probe: Probe | None = None,
+    probe: ReferencePass | None = None,
     keep: StatisticsStore | None = None,
     reuse: StatisticsStore | None = None,
-) -> Walk:
+) -> SequentialPass:
     """Run everything before the first block, for every stream that the plans need.
 
     Args:
@@ -106,15 +106,15 @@ def open_walk(
         spill: folder for activations that are to lie in files, for the stream that plans share. A stream of a plan's
             own lies in the folder of its checkpoint. None keeps all in memory.
         key: what an interrupted walk must have had in common for its activations to be gone on with.
-        probe, keep, reuse: as in :class:`Walk`.
+        probe, keep, reuse: as in :class:`SequentialPass`.
     """
-    walk = Walk([], [], probe=probe, keep=keep, reuse=reuse, tight=spill is not None)
+    walk = SequentialPass([], [], probe=probe, keep=keep, reuse=reuse, tight=spill is not None)
     if probe is not None:
         for plan in plans:
             plan.probe = probe.start()
     if any("folds" in METHODS[plan.method].needs for plan in plans):
         corner = rows if rows is not None else torch.arange(PROBE_ROWS * PROBE_TOKENS).view(PROBE_ROWS, -1)
-        walk.structures = Structures(*opened.inputs(corner[:PROBE_ROWS, :PROBE_TOKENS]))
+        walk.structures = KnownFolds(*opened.inputs(corner[:PROBE_ROWS, :PROBE_TOKENS]))
     shared = [p for p in plans if p.propagate == "original"]
     wanted = [(shared, False, spill)] if shared else []
     for plan in plans:
@@ -145,7 +145,7 @@ def open_walk(
     return walk
 
 
-def _embed(opened: Opened, rows: torch.Tensor, fresh: Sequence[Activations]) -> None:
+def _embed(opened: BlockwiseModel, rows: torch.Tensor, fresh: Sequence[Activations]) -> None:
     """Fill states with what the first block gets."""
     for part in batches(len(rows), ROWS_EMBEDDED):
         hidden = opened.inputs(rows[part])[0]
@@ -157,7 +157,7 @@ def _embed(opened: Opened, rows: torch.Tensor, fresh: Sequence[Activations]) -> 
 
 
 @torch.no_grad()
-def quantize_blocks(opened: Opened, walk: Walk, progress: Progress) -> None:
+def quantize_blocks(opened: BlockwiseModel, walk: SequentialPass, progress: Progress) -> None:
     """Solve every plan for every block and hand the tensors to the plans' writers.
 
     Blocks that a plan's writer already holds are not solved again, only passed through.
@@ -193,8 +193,8 @@ def _needed(stream: Stream, index: int, last: bool) -> bool:
 class _Step:
     """One block for one stream: gather, solve, and move the activations on."""
 
-    opened: Opened
-    walk: Walk
+    opened: BlockwiseModel
+    walk: SequentialPass
     index: int
     block: nn.Module
 
@@ -229,7 +229,7 @@ class _Step:
 
     def _moments(
         self, stream: Stream, pending: list[Plan], behind: bool, stay: bool
-    ) -> tuple[list[Moments], bool]:
+    ) -> tuple[list[InputHessian], bool]:
         """Hessians for the plans that are to be solved, and whether the states of the original model moved on in the
         same pass, which they do unless they are to ``stay``."""
         store = self.walk.reuse
@@ -246,7 +246,7 @@ class _Step:
         collector = Collector(linears(self.block) if pending else {}, inputs_only=not moves)
         with collector:
             for part in batches(len(states), self._rows_at_once(states)):
-                with suppress(Enough):
+                with suppress(StopForward):
                     out = run_block(self.block, states.read(part), self.walk.calls[self.index])
                     if moves:
                         states.write(part, out)
@@ -265,7 +265,7 @@ class _Step:
         return 1 if self.walk.tight else max(1, TOKENS_AT_ONCE[self.opened.device.type] // states.shape[1])
 
     def _solved(
-        self, pending: Sequence[Plan], moments: list[Moments], forward: CalledBlock | None
+        self, pending: Sequence[Plan], moments: list[InputHessian], forward: CalledBlock | None
     ) -> Iterator[tuple[Plan, BlockResult]]:
         """Solve the plans, those that differ in their grids alone at once, and let go of each result that was used."""
         groups: dict[tuple[Any, ...], list[Plan]] = {}

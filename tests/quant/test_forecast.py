@@ -18,7 +18,7 @@ from quantlab.formats import format_module
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes
-from quantlab.quant.estimate.forecast import Rates, forecast, together
+from quantlab.quant.estimate.forecast import MachineSpeed, forecast, together
 from quantlab.quant.grid import Grid, round_to_grid
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
@@ -26,7 +26,7 @@ from quantlab.registry.formats import FORMATS, Linear
 
 from ..conftest import write_tiny
 
-RATES = Rates(matmul=1e11, exact=1e11, elements=1e9, disk=1e9)
+RATES = MachineSpeed(matmul=1e11, exact=1e11, elements=1e9, disk=1e9)
 TYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
@@ -119,7 +119,7 @@ def test_sharing_is_cheaper_and_adds_up(tiny: Path) -> None:
     assert max(alone) < seconds < sum(alone) and seconds == pytest.approx(sum(f.seconds for f in found))
     forwards = forecast(recipes[0], files, RATES).parts["forwards"]
     assert sum(f.parts["forwards"] for f in found) == pytest.approx(forwards)
-    faster = Rates(*(2 * rate for rate in vars(RATES).values()))
+    faster = MachineSpeed(*(2 * rate for rate in vars(RATES).values()))
     assert together(recipes, files, faster)[1] == pytest.approx(seconds / 2)
 
 
@@ -151,10 +151,10 @@ def test_forecasting_needs_no_torch(tiny: Path) -> None:
     code = (
         "import sys\n"
         "from quantlab.models.safetensors.files import open_files\n"
-        "from quantlab.quant.estimate.forecast import Rates, forecast\n"
+        "from quantlab.quant.estimate.forecast import MachineSpeed, forecast\n"
         "from quantlab.recipe.quantize import QuantizeRecipe\n"
         "one = QuantizeRecipe.model_validate({'method': 'gptq', 'group_size': 32})\n"
-        "print(forecast(one, open_files(sys.argv[1]), Rates(1e11, 1e11, 1e9, 1e9)).size_bytes)\n"
+        "print(forecast(one, open_files(sys.argv[1]), MachineSpeed(1e11, 1e11, 1e9, 1e9)).size_bytes)\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tiny)], capture_output=True, text=True)

@@ -42,7 +42,7 @@ LAST = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2"
 
 
 @dataclass(frozen=True)
-class Rates:
+class MachineSpeed:
     """What the machine does a second. ``matmul``: floating point operations of products in the computing type,
     ``exact``: in float32, ``elements``: float32 elements passed over by a simple operation, ``disk``: bytes read or
     written. ``width``: bytes of a number that a model stored in 16 bits is computed in."""
@@ -89,7 +89,7 @@ class _Block:
 def forecast(
     recipe: QuantizeRecipe,
     files: ModelFiles,
-    rates: Rates,
+    rates: MachineSpeed,
     *,
     device: str = "cpu",
     spilled: bool = False,
@@ -117,7 +117,7 @@ def forecast(
 def together(
     recipes: Sequence[QuantizeRecipe],
     files: ModelFiles,
-    rates: Rates,
+    rates: MachineSpeed,
     *,
     device: str = "cpu",
     spilled: bool = False,
@@ -168,7 +168,7 @@ def _blocks(files: ModelFiles) -> list[_Block]:
     return found
 
 
-def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: Rates, shared: int) -> dict[str, float]:
+def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: MachineSpeed, shared: int) -> dict[str, float]:
     blocks = _blocks(files)
     size = checkpoint_bytes(recipe, files)
     parts = {"reading and writing": (files.size_bytes / shared + size) / rates.disk}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantlab.models.load import Subject, load_subject
+from quantlab.models.load import LoadedModel, load_model
 
 KINDS = {"bnb-int8": None, "bnb-fp4": "fp4", "bnb-nf4": "nf4"}
 
@@ -40,9 +40,9 @@ def quantize_model(
     device: str,
     trust_remote_code: bool = False,
     double_quant: bool = False,
-) -> Subject:
+) -> LoadedModel:
     """Quantize a whole model with bitsandbytes and save it into the directory ``target``."""
-    subject = load_subject(
+    subject = load_model(
         ref,
         device=device,
         dtype=str(dtype).removeprefix("torch."),

@@ -19,9 +19,9 @@ import torch
 
 from quantlab.errors import RecipeError
 from quantlab.formats import format_module
-from quantlab.models.blockwise import Opened
+from quantlab.models.blockwise import BlockwiseModel
 from quantlab.models.safetensors.files import ModelFiles
-from quantlab.models.scale_folding import Structure
+from quantlab.models.scale_folding import ScaleFolds
 from quantlab.progress import Progress
 from quantlab.quant.block import BlockResult
 from quantlab.quant.checkpoint import CheckpointWriter
@@ -29,7 +29,7 @@ from quantlab.quant.grid import Quantized
 from quantlab.quant.mixed_precision.allocate import Allocation, BudgetError, Layer, allocate
 from quantlab.quant.mixed_precision.sensitivity import ROWS, SEQ_LEN, sensitivities
 from quantlab.quant.sequential import Plan
-from quantlab.quant.verify.reference_logits import Probe
+from quantlab.quant.verify.reference_logits import ReferencePass
 from quantlab.registry.formats import FORMATS, fitting_widths
 
 
@@ -68,13 +68,13 @@ class Choice:
 def choose(
     plan: Plan,
     solved: Sequence[Plan],
-    opened: Opened,
+    opened: BlockwiseModel,
     files: ModelFiles,
     rows: torch.Tensor,
     target_bits: float,
-    probe: Probe | None,
+    probe: ReferencePass | None,
     progress: Progress,
-    structures: Sequence[Structure] = (),
+    structures: Sequence[ScaleFolds] = (),
 ) -> Choice:
     """Choose a width for every layer and put the checkpoint's blocks together from those that were solved.
 
@@ -105,7 +105,7 @@ def choose(
     if probe is not None:
         plan.probe = probe.start()
     for index in range(len(opened.blocks)):
-        folds = structures[index] if structures else Structure()
+        folds = structures[index] if structures else ScaleFolds()
         _assemble(plan, by_bits, index, allocation.widths, opened, probe, folds)
     return Choice(plan, widths, allocation)
 
@@ -113,10 +113,10 @@ def choose(
 def _layers(
     plan: Plan,
     solved: Sequence[Plan],
-    opened: Opened,
+    opened: BlockwiseModel,
     files: ModelFiles,
     measured: Mapping[str, float],
-    structures: Sequence[Structure],
+    structures: Sequence[ScaleFolds],
 ) -> tuple[list[Layer], list[list[str]]]:
     """What is to be decided, and which layers must decide alike."""
     layers = []
@@ -137,9 +137,9 @@ def _assemble(
     by_bits: Mapping[int, Plan],
     index: int,
     widths: Mapping[str, int],
-    opened: Opened,
-    probe: Probe | None,
-    folds: Structure,
+    opened: BlockwiseModel,
+    probe: ReferencePass | None,
+    folds: ScaleFolds,
 ) -> None:
     """Write one block of the checkpoint: each layer's tensors from the block of its width."""
     prefix = f"{opened.stored_prefix}.{index}."
@@ -170,7 +170,7 @@ def _assemble(
         plan.writer.write_block(index, tensors, loss)
 
 
-def _owners(folds: Structure) -> dict[str, str]:
+def _owners(folds: ScaleFolds) -> dict[str, str]:
     """By full name in the block: parameters that folding changes, and a layer whose width decided how."""
     found = {}
     for fold in folds.norms:
@@ -180,6 +180,6 @@ def _owners(folds: Structure) -> dict[str, str]:
     return found
 
 
-def _inside(opened: Opened, index: int, stored: str) -> str:
+def _inside(opened: BlockwiseModel, index: int, stored: str) -> str:
     """The name in the block of a module or tensor of the files."""
     return opened.names.in_model(stored).removeprefix(f"{opened.prefix}.{index}.")

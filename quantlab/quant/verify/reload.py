@@ -1,11 +1,11 @@
 """The proof at the end of a run: a finished checkpoint, reloaded in a fresh process, computes what was intended.
 
 What was intended is a few token rows through the model with the weights of the in-memory result, in float32 (see
-``intended.Probe``). The fresh process loads the checkpoint with plain transformers, through whatever kernels read its
-layout, and hands its logits back. Experts in a layout that transformers does not read (``formats.readers``) are taken
-apart first (``models.packed_experts``). Where the machine or ``--memory-limit`` has no room for that, or a library is
-missing, it reads the files itself, one matrix at a time, which proves what was written but not the kernels. The
-record says which it was.
+``intended.ReferencePass``). The fresh process loads the checkpoint with plain transformers, through whatever kernels
+read its layout, and hands its logits back. Experts in a layout that transformers does not read (``formats.readers``)
+are taken apart first (``models.packed_experts``). Where the machine or ``--memory-limit`` has no room for that, or a
+library is missing, it reads the files itself, one matrix at a time, which proves what was written but not the
+kernels. The record says which it was.
 
 Tolerances. Read back in float32 only the order of summation differs: 1e-6 measured, 1e-4 asked. Kernels round what they
 multiply to 16 bits, and on a GPU everything between the products too. What that does to a model is measured on the
@@ -57,7 +57,7 @@ LARGEST = Tolerance(0.25, 0.1)  # beyond this nothing is proven, however the mod
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """What came of reloading one checkpoint. ``how``: ``transformers``, ``separated`` (experts apart),
     ``own reader`` (``Format.load``) or ``streamed``;
     ``why`` it was not transformers. ``top1``: share of positions whose most likely token is the intended one.
@@ -87,7 +87,7 @@ class Proof:
 
 
 @dataclass(frozen=True)
-class Claim:
+class Check:
     """A checkpoint (its directory may still have its temporary name) and the logits float32 [rows, tokens,
     vocabulary] that it is to compute. ``label`` is what messages call it."""
 
@@ -110,15 +110,15 @@ class _Answer:
     logits: torch.Tensor | None = field(default=None, repr=False)
 
 
-def prove(
-    claims: Sequence[Claim],
+def verify(
+    claims: Sequence[Check],
     rows: torch.Tensor,
     *,
     device: str = "cpu",
     memory_limit: int | None = None,
     trust_remote_code: bool = False,
     seconds: float | None = None,
-) -> list[Proof]:
+) -> list[Verification]:
     """Reload checkpoints in one fresh process and hold their logits against the intended ones.
 
     Args:
@@ -127,7 +127,7 @@ def prove(
         seconds: how long the process may take; None goes by the size of the checkpoints.
 
     Returns:
-        One proof a claim, passed or not: see :func:`require`.
+        One proof a claim, passed or not: see :func:`raise_if_failed`.
 
     Raises:
         MachineError: the process was killed, or took too long. QuantlabError: it could not load a checkpoint at all.
@@ -154,7 +154,7 @@ def prove(
     return [_compare(claim, answer) for claim, answer in zip(claims, answers, strict=True)]
 
 
-def require(proof: Proof, label: str, kept: Path | None = None) -> None:
+def raise_if_failed(proof: Verification, label: str, kept: Path | None = None) -> None:
     """Refuse a checkpoint that does not compute what was intended. ``kept``: where it was put.
 
     Raises:
@@ -198,14 +198,14 @@ def tolerance(how: str, expected: Expected) -> Tolerance:
     )
 
 
-def _compare(claim: Claim, answer: _Answer) -> Proof:
+def _compare(claim: Check, answer: _Answer) -> Verification:
     if answer.logits is None:
         label = claim.label or str(claim.checkpoint)
         raise QuantlabError(f"{label}: the finished checkpoint cannot be loaded: {answer.error}")
     expected = claim.expected.logits
     max_abs, relative, top1, kl = compare(expected, answer.logits)
     rows, tokens = expected.shape[:2]
-    return Proof(
+    return Verification(
         answer.how, answer.dtype, rows, tokens, max_abs, relative, top1, kl, tolerance(answer.how, claim.expected),
         round(answer.seconds, 3), answer.peak_bytes, answer.why,
     )  # fmt: skip
@@ -236,7 +236,7 @@ def transformers_bytes(files: ModelFiles) -> int:
 
 
 def _ask(
-    claims: Sequence[Claim],
+    claims: Sequence[Check],
     hows: Sequence[tuple[str, str]],
     rows: torch.Tensor,
     device: str,

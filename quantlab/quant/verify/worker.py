@@ -75,11 +75,11 @@ def _logits(question: Mapping[str, Any], rows: Any, asked: Mapping[str, Any]) ->
         from quantlab.quant.verify.reference_logits import streamed_logits
 
         return streamed_logits(checkpoint, rows, trust), "float32"
-    from quantlab.models.load import load_subject
+    from quantlab.models.load import load_model
 
     device = str(asked["device"])
     wish = "float32" if device == "cpu" else "auto"
-    model = load_subject(checkpoint, device=device, dtype=wish, trust_remote_code=trust).model
+    model = load_model(checkpoint, device=device, dtype=wish, trust_remote_code=trust).model
     with torch.no_grad():
         found = model(input_ids=rows.to(model.device), use_cache=False).logits
     return found.to("cpu", torch.float32), str(model.dtype).removeprefix("torch.")

@@ -32,7 +32,7 @@ COMPARED = tuple(
 
 
 @dataclass(frozen=True)
-class Work:
+class PlannedRun:
     """One recipe applied to one model, before it runs. `row` is what the leaderboard knows beforehand."""
 
     name: str
@@ -88,7 +88,7 @@ def plan_work(
     decides: Sequence[str] = (),
     *,
     measured: bool = True,
-) -> Work:
+) -> PlannedRun:
     """Check the data of every task and name the run; `decides` are digests of what else decides the result, `measured`
     says whether the tasks will run. Imports nothing heavy."""
     check_lengths(recipe, files, measured=measured)
@@ -106,7 +106,7 @@ def plan_work(
         "data_digest": short_hash(sorted(set(data.values()))) if data else None,
         "quantlab_version": __version__,
     }
-    return Work(name, recipe, results, files, data, model, row)
+    return PlannedRun(name, recipe, results, files, data, model, row)
 
 
 def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -> None:
@@ -206,7 +206,7 @@ def serves_as_baseline(candidate: Recipe, recipe: Recipe) -> bool:
     )
 
 
-def find_baseline(work: Work, model_digest: str) -> Run | None:
+def find_baseline(work: PlannedRun, model_digest: str) -> Run | None:
     """A finished run of the untouched model with that digest that serves as the baseline of `work`; for a student,
     also the run that made and measured it."""
     for run in read_runs(work.results):
@@ -219,17 +219,17 @@ def find_baseline(work: Work, model_digest: str) -> Run | None:
     return None
 
 
-def start_run(work: Work) -> Run:
+def start_run(work: PlannedRun) -> Run:
     """The run's directory, opened anew."""
     run = Run.start(work.directory, work.recipe.to_yaml(), work.row)
     run.log("started", model=work.model, recipe=work.name)
     return run
 
 
-def refuse_existing(work: Work, found: Run) -> NoReturn:
+def refuse_existing(work: PlannedRun, found: Run) -> NoReturn:
     """The same recipe, model and data have a run already, and nobody said --resume."""
     state = "was measured already" if found.done else "was started and not finished"
     raise RecipeError(
         f"{work.directory}: this recipe on this model and data {state}",
-        hint="--resume goes on, skipping what is done; --results writes elsewhere",
+        hint="pass --resume to skip completed steps, or another --results",
     )
