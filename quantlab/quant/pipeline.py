@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from quantlab.quant.mixed_precision.choose import Choice
     from quantlab.quant.sequential import Plan, SequentialPass
     from quantlab.quant.verify.reference_logits import ReferencePass
-    from quantlab.quant.verify.reload import Verification
+    from quantlab.quant.verify.reload import FreshProcess, Verification
 
 __all__ = ["Job", "Outcome", "Settings", "check", "quantize"]
 
@@ -196,17 +197,28 @@ def _quantize_group(
     if settings.memory_limit is not None:
         map_large()
     started, before = time.perf_counter(), resident()
-    group = _prepare(jobs, files, device, progress, settings)
-    forecasts = _forecasts(group) if settings.prove else []
-    walk = _solve(group)
-    solving = sum(plan.seconds for several in group.plans for plan in several)
-    common = time.perf_counter() - started - solving
-    finished = [
-        _assemble_job(group, job, several, walk, common)
-        for job, several in zip(jobs, group.plans, strict=True)
-    ]
-    _verify_and_publish(group, finished, forecasts, before)
+    with _reloader(jobs, settings) as reloader:
+        group = _prepare(jobs, files, device, progress, settings)
+        forecasts = _forecasts(group) if settings.prove else []
+        walk = _solve(group)
+        solving = sum(plan.seconds for several in group.plans for plan in several)
+        common = time.perf_counter() - started - solving
+        finished = [
+            _assemble_job(group, job, several, walk, common)
+            for job, several in zip(jobs, group.plans, strict=True)
+        ]
+        _verify_and_publish(group, finished, forecasts, before, reloader)
     return [one.outcome for one in finished]
+
+
+def _reloader(jobs: Sequence[Job], settings: Settings) -> AbstractContextManager[FreshProcess | None]:
+    """The process that validates the checkpoints, started now: it imports libraries while blocks are solved. None where
+    nothing is validated, or memory is short."""
+    if not settings.prove or settings.memory_limit is not None:
+        return nullcontext()
+    from quantlab.quant.verify.reload import FreshProcess
+
+    return FreshProcess({job.recipe.format for job in jobs})
 
 
 def _prepare(
@@ -325,7 +337,11 @@ def _choose_widths(group: _Group, job: Job, solved: Sequence[Plan], walk: Sequen
 
 
 def _verify_and_publish(
-    group: _Group, finished: Sequence[_Finished], forecasts: Sequence[Mapping[str, Any]], before: int
+    group: _Group,
+    finished: Sequence[_Finished],
+    forecasts: Sequence[Mapping[str, Any]],
+    before: int,
+    reloader: FreshProcess | None,
 ) -> None:
     """Reload the assembled checkpoints, all in one fresh process, compare, and give them their names. ``before``: bytes
     resident before the group began."""
@@ -333,7 +349,7 @@ def _verify_and_publish(
     from quantlab.quant.estimate.forecast import actual
     from quantlab.quant.verify.reload import raise_if_failed
 
-    proofs = _proofs(group, finished)
+    proofs = _proofs(group, finished, reloader)
     for i, (one, proof) in enumerate(zip(finished, proofs, strict=True)):
         outcome, writer = one.outcome, one.plan.writer
         if proof is not None and not proof.passed:
@@ -349,7 +365,9 @@ def _verify_and_publish(
         writer.publish(record)
 
 
-def _proofs(group: _Group, finished: Sequence[_Finished]) -> list[Verification | None]:
+def _proofs(
+    group: _Group, finished: Sequence[_Finished], reloader: FreshProcess | None
+) -> list[Verification | None]:
     from quantlab.quant.verify.reload import Check, verify
 
     if group.probe is None:
@@ -367,6 +385,7 @@ def _proofs(group: _Group, finished: Sequence[_Finished]) -> list[Verification |
                 device=str(group.opened.device),
                 memory_limit=group.settings.memory_limit,
                 trust_remote_code=group.settings.trust_remote_code,
+                ready=reloader,
             )
         )
 

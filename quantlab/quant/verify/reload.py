@@ -21,7 +21,8 @@ import json
 import math
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from quantlab.models.memory import available
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.models.safetensors.weight_files import own_format
 from quantlab.quant.verify.reference_logits import Expected
-from quantlab.registry.formats import transformers_reads
+from quantlab.registry.formats import FORMATS, transformers_reads
 from quantlab.workers import last_line, start, stopping
 
 WORKER = "quantlab.quant.verify.worker"
@@ -118,22 +119,25 @@ def verify(
     memory_limit: int | None = None,
     trust_remote_code: bool = False,
     seconds: float | None = None,
+    ready: FreshProcess | None = None,
 ) -> list[Verification]:
-    """Reload checkpoints in one fresh process and hold their logits against the intended ones.
+    """Reload checkpoints in one fresh process and hold their logits against the reference logits.
 
     Args:
         rows: token ids int64 [rows, tokens], those that ``expected`` was computed for.
         memory_limit: bytes that the fresh process may hold above an idle one; None asks the machine.
         seconds: how long the process may take; None goes by the size of the checkpoints.
+        ready: a process that was started before; it is used up.
 
     Returns:
-        One proof a claim, passed or not: see :func:`raise_if_failed`.
+        One verification for each check, passed or not: see :func:`raise_if_failed`.
 
     Raises:
         MachineError: the process was killed, or took too long. QuantlabError: it could not load a checkpoint at all.
     """
     hows = [_how(open_files(claim.checkpoint), memory_limit) for claim in claims]
-    answers = _ask(claims, hows, rows, device, trust_remote_code, seconds)
+    with ready if ready is not None else fresh_process(claims) as process:
+        answers = _ask(process, claims, hows, rows, device, trust_remote_code, seconds)
     again = [
         i
         for i, answer in enumerate(answers)
@@ -141,14 +145,11 @@ def verify(
     ]
     if again:  # killed for its memory, or a library is not there: read back by quantlab itself
         why = [answers[i].error or "the process that loaded it with transformers was killed" for i in again]
-        retried = _ask(
-            [claims[i] for i in again],
-            [("streamed", reason) for reason in why],
-            rows,
-            "cpu",
-            trust_remote_code,
-            seconds,
-        )
+        with FreshProcess() as process:
+            streamed = [("streamed", reason) for reason in why]
+            retried = _ask(
+                process, [claims[i] for i in again], streamed, rows, "cpu", trust_remote_code, seconds
+            )
         for i, answer in zip(again, retried, strict=True):
             answers[i] = answer
     return [_compare(claim, answer) for claim, answer in zip(claims, answers, strict=True)]
@@ -235,7 +236,45 @@ def transformers_bytes(files: ModelFiles) -> int:
     return files.size_bytes + largest + 4 * plain
 
 
+class FreshProcess:
+    """The process that reloads checkpoints: started when this is made, so that it imports what it will need while the
+    caller does other work; stopped when the context ends.
+
+    Args:
+        formats: of the checkpoints that it will be asked for, whose libraries it imports.
+    """
+
+    def __init__(self, formats: Iterable[str] = ()) -> None:
+        libraries = dict.fromkeys(module for name in formats for module in FORMATS[name].requires)
+        self._folder = tempfile.TemporaryDirectory(prefix="quantlab-verify-")
+        self.folder = Path(self._folder.name)
+        with (self.folder / "stderr").open("wb") as errors:
+            self.process = start(WORKER, errors, *libraries)
+
+    def __enter__(self) -> FreshProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with stopping(self.process):
+            pass
+        self._folder.cleanup()
+
+    def ask(self, asked: Mapping[str, Any], limit: float) -> str:
+        """Hand over the questions and wait, for ``limit`` seconds at most; what the process said on stderr."""
+        with suppress(BrokenPipeError):  # it has died; what it said, and its exit code, tell why
+            self.process.communicate(json.dumps(asked).encode(), timeout=limit)
+        self.process.wait()
+        return (self.folder / "stderr").read_text(encoding="utf-8", errors="replace")
+
+
+def fresh_process(claims: Sequence[Check]) -> FreshProcess:
+    """A process for these checkpoints."""
+    kinds = [(open_files(claim.checkpoint).quantized or {}).get("quant_method") for claim in claims]
+    return FreshProcess(str(kind) for kind in kinds if kind in FORMATS)
+
+
 def _ask(
+    fresh: FreshProcess,
     claims: Sequence[Check],
     hows: Sequence[tuple[str, str]],
     rows: torch.Tensor,
@@ -243,40 +282,35 @@ def _ask(
     trust_remote_code: bool,
     seconds: float | None,
 ) -> list[_Answer]:
-    """Start the process, wait for it, and read what it wrote; checkpoints that it did not come to have an empty
-    answer."""
-    size = sum(open_files(claim.checkpoint).size_bytes for claim in claims)
-    limit = SECONDS + size / SLOWEST if seconds is None else seconds
-    with tempfile.TemporaryDirectory(prefix="quantlab-proof-") as folder:
-        questions = [
-            {
-                "checkpoint": str(claim.checkpoint.absolute()),
-                "how": how,
-                "why": why,
-                "answer": f"{folder}/{i}",
-            }
-            for i, (claim, (how, why)) in enumerate(zip(claims, hows, strict=True))
-        ]
-        asked = {
-            "questions": questions,
-            "rows": rows.tolist(),
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-            "threads": torch.get_num_threads(),
+    """Ask the process, wait for it, and read what it wrote; checkpoints that it did not come to have an empty
+    answer.""" size = sum(open_files(claim.checkpoint).size_bytes for claim in claims) limit = SECONDS + size /
+    SLOWEST if seconds is None else seconds questions = [
+        {
+            "checkpoint": str(claim.checkpoint.absolute()),
+            "how": how,
+            "why": why,
+            "answer": str(fresh.folder / str(i)),
         }
-        with Path(folder, "stderr").open("wb") as errors, stopping(start(WORKER, errors)) as process:
-            try:
-                process.communicate(json.dumps(asked).encode(), timeout=limit)
-            except subprocess.TimeoutExpired as error:
-                raise MachineError(
-                    f"reloading {', '.join(c.label or str(c.checkpoint) for c in claims)} took more than {limit:.0f} s",
-                    hint="is the machine busy? --resume tries again",
-                ) from error
-        said = Path(folder, "stderr").read_text(encoding="utf-8", errors="replace")
-        answers = [_read(Path(q["answer"])) for q in questions]
-        if process.returncode not in (0, -9, 137) and not all(a.how or a.error for a in answers):
-            raise QuantlabError(f"the process that reloads checkpoints failed: {last_line(said)}")
-        return answers
+        for i, (claim, (how, why)) in enumerate(zip(claims, hows, strict=True))
+    ]
+    asked = {
+        "questions": questions,
+        "rows": rows.tolist(),
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "threads": torch.get_num_threads(),
+    }
+    try:
+        said = fresh.ask(asked, limit)
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(
+            f"reloading {', '.join(c.label or str(c.checkpoint) for c in claims)} took more than {limit:.0f} s",
+            hint="is the machine busy? --resume tries again",
+        ) from error
+    answers = [_read(Path(q["answer"])) for q in questions]
+    if fresh.process.returncode not in (0, -9, 137) and not all(a.how or a.error for a in answers):
+        raise QuantlabError(f"the process that reloads checkpoints failed: {last_line(said)}")
+    return answers
 
 
 def _read(path: Path) -> _Answer:
