@@ -197,6 +197,7 @@ class Overall:
         self.every = every
         self.started = self.spoke = time.monotonic()
         self._stack: list[str] = []
+        self._label = "starting"  # the last step, also between two of them
         self._bars: Any = None
         self._bar: Any = None
 
@@ -256,7 +257,9 @@ class Overall:
             self._show()
 
     def _show(self) -> None:
-        text = self._stack[0] if self._stack else "done" if self.done >= self.total else ""
+        if self._stack:
+            self._label = self._stack[0]
+        text = self._label if self.done < self.total else "done"
         if self._bars is not None:
             self._bars.update(self._bar, completed=self.done, left=self.left(), description=text)
         elif time.monotonic() - self.spoke >= self.every:

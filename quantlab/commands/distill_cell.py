@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ from quantlab.text2sql.data.dataset import load_items
 
 if TYPE_CHECKING:
     from quantlab.commands.distill_plan import Options
+    from quantlab.distill.data import Block
+    from quantlab.distill.train import LogitLoss, Settings
 
 
 def run_cell(name: str, cell: Cell, options: Options, progress: Progress) -> dict[str, Any]:
@@ -81,7 +84,8 @@ def _make(plan: Plan, options: Options, progress: Progress, together: _Processes
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(options.results / "tensorboard" / plan.work.run_id))
     student = _open(plan, options)
-    blocks, evaluated, settings, logits, counts = _lay_out(plan, student, rows, options, progress)
+    lesson = _lay_out(plan, student, rows, options, progress)
+    counts = lesson.counts
     if together.first and counts["too_long"]:
         progress.note(
             f"{counts['too_long']} rows are left out: longer than {recipe.train.max_len} tokens, or with a prompt that "
@@ -89,7 +93,15 @@ def _make(plan: Plan, options: Options, progress: Progress, together: _Processes
         )
     size = trainable(student.model)
     with progress.task(f"training {plan.work.name}"):
-        trained = train(student, blocks, evaluated, settings, partial / "training", progress, logits)
+        trained = train(
+            student,
+            lesson.blocks,
+            lesson.held_out,
+            lesson.settings,
+            partial / "training",
+            progress,
+            lesson.logits,
+        )
     if not together.first:
         return
     record = {
@@ -164,10 +176,20 @@ def _open(plan: Plan, options: Options) -> Any:
     )
 
 
-def _lay_out(
-    plan: Plan, student: Any, rows: dict[str, Any], options: Options, progress: Progress
-) -> tuple[Any, Any, Any, Any, dict[str, int]]:
-    """Blocks to train on, blocks to evaluate on, the trainer's settings, the KL loss, and what was counted."""
+@dataclass(frozen=True)
+class _Lesson:
+    """What the trainer is given: blocks to train on, blocks that are evaluated on, settings, the KL loss where there is
+    one, and how many rows and tokens there are."""
+
+    blocks: Sequence[Block]
+    held_out: Sequence[Block]
+    settings: Settings
+    logits: LogitLoss | None
+    counts: dict[str, int]
+
+
+def _lay_out(plan: Plan, student: Any, rows: dict[str, Any], options: Options, progress: Progress) -> _Lesson:
+    """The rows as blocks of tokens, and how they are trained on."""
     from quantlab.distill.data import pack, split_off
     from quantlab.distill.train import Settings
 
@@ -190,7 +212,7 @@ def _lay_out(
         "blocks": len(blocks),
         "block_tokens": sum(map(len, blocks)),
     }
-    return blocks, held, settings, logits, counts
+    return _Lesson(blocks, held, settings, logits, counts)
 
 
 def _encode(

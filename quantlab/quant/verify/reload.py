@@ -282,7 +282,7 @@ def _ask(
     trust_remote_code: bool,
     seconds: float | None,
 ) -> list[_Answer]:
-    """Ask the process, wait for it, and read what it wrote. A checkpoint that it did not come to has an empty answer."""
+    """Ask the process, wait, and read what it wrote. A checkpoint that it did not come to has an empty answer."""
     size = sum(open_files(claim.checkpoint).size_bytes for claim in claims)
     limit = SECONDS + size / SLOWEST if seconds is None else seconds
     questions = [
