@@ -32,12 +32,12 @@ import torch
 from peers import machine
 
 from quantlab.evals.perplexity import evaluate
-from quantlab.models.load import Subject, load_subject, quiet_libraries
+from quantlab.models.load import LoadedModel, load_model, quiet_libraries
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.recipe.base import PerplexityOptions
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.tasks import PerplexityOptions
 
 HERE = Path(__file__).resolve().parent
 BABY = HERE.parents[1] / "shared" / "data" / "models" / "babyllama-char-1M"
@@ -113,7 +113,7 @@ def texts(args: argparse.Namespace) -> Iterator[Text]:
         calibration, test = args.text, args.test
         note = f"{calibration.name}; {test.name}"
     else:
-        loaded = load_subject(model, device="cpu", dtype="float32")
+        loaded = load_model(model, device="cpu", dtype="float32")
         calibration, test = (
             written(loaded, args.work / f"{model.name}-{kind}.jsonl", *WRITTEN[kind]) for kind in WRITTEN
         )
@@ -123,7 +123,7 @@ def texts(args: argparse.Namespace) -> Iterator[Text]:
 
 
 @torch.inference_mode()
-def written(subject: Subject, path: Path, seed: int, tokens: int, length: int = 240) -> Path:
+def written(subject: LoadedModel, path: Path, seed: int, tokens: int, length: int = 240) -> Path:
     """Texts sampled from the model, one JSON line each; not again where they lie in the folder already."""
     if path.is_file():
         return path
@@ -148,7 +148,7 @@ def written(subject: Subject, path: Path, seed: int, tokens: int, length: int = 
 
 def perplexity(model: Path | str, text: Text, tokens: int) -> float:
     options = PerplexityOptions(source=text.test, seq_len=text.seq_len, max_tokens=tokens)
-    subject = load_subject(model, device="cpu", dtype="float32")
+    subject = load_model(model, device="cpu", dtype="float32")
     value = evaluate(subject, options, baseline=None, progress=Silent()).metrics["ppl"]
     assert isinstance(value, float)
     return value

@@ -36,16 +36,16 @@ from typing import Any
 import torch
 from peers import machine
 from peers.bench import CACHE, HERE, Bench
-from peers.variants import BITS, ORDERS, Subject, Variant, halves, own_variants, peer_variants
+from peers.variants import BITS, ORDERS, LoadedModel, Variant, halves, own_variants, peer_variants
 
 from quantlab.models.precision import cpu_multiplies
 
 SHARED = HERE.parents[1] / "shared" / "data"
 
 
-def subjects(args: argparse.Namespace) -> list[Subject]:
+def subjects(args: argparse.Namespace) -> list[LoadedModel]:
     """The models to measure."""
-    found = [Subject("embedded", "embedded:base", "calib/ko-text2sql.jsonl", "heldout.txt", 128, 512)]
+    found = [LoadedModel("embedded", "embedded:base", "calib/ko-text2sql.jsonl", "heldout.txt", 128, 512)]
     model, text, test = args.model, args.text, args.test
     if model is None and (SHARED / "models" / "babyllama-char-1M").is_dir():
         model, text = SHARED / "models" / "babyllama-char-1M", SHARED / "corpora" / "wikitext2_valid.txt"
@@ -55,7 +55,7 @@ def subjects(args: argparse.Namespace) -> list[Subject]:
         if test is None:
             text, test = halves(text, args.work)
         found.append(
-            Subject(model.name, str(model.resolve()), str(text), str(test), args.group_size, args.seq_len)
+            LoadedModel(model.name, str(model.resolve()), str(text), str(test), args.group_size, args.seq_len)
         )
     return [s for s in found if not args.only or (s.name if s.name == "embedded" else "model") in args.only]
 
@@ -63,12 +63,12 @@ def subjects(args: argparse.Namespace) -> list[Subject]:
 class Judge:
     """The original model in float32, into which every checkpoint is put to be measured."""
 
-    def __init__(self, subject: Subject, test_tokens: int | None) -> None:
-        from quantlab.models.load import load_subject, quiet_libraries
-        from quantlab.recipe.base import PerplexityOptions
+    def __init__(self, subject: LoadedModel, test_tokens: int | None) -> None:
+        from quantlab.models.load import load_model, quiet_libraries
+        from quantlab.registry.tasks import PerplexityOptions
 
         quiet_libraries()
-        self.loaded = load_subject(subject.model, device="cpu", dtype="float32")
+        self.loaded = load_model(subject.model, device="cpu", dtype="float32")
         self.options = PerplexityOptions(source=subject.test, seq_len=subject.seq_len, max_tokens=test_tokens)
         self.original = self._perplexity()
         self.pristine = copy.deepcopy(self.loaded.model)
@@ -97,7 +97,7 @@ class Judge:
 class Comparison:
     """One model, all variants, all seeds. ``values``: variant to one perplexity a seed; ``failed``: to why not."""
 
-    def __init__(self, subject: Subject, bench: Bench, args: argparse.Namespace) -> None:
+    def __init__(self, subject: LoadedModel, bench: Bench, args: argparse.Namespace) -> None:
         self.subject, self.bench, self.args = subject, bench, args
         self.values: dict[Variant, list[float]] = defaultdict(list)
         self.failed: dict[Variant, str] = {}

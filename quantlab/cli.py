@@ -21,14 +21,15 @@ app = typer.Typer(
 )
 
 Json = Annotated[
-    bool, typer.Option("--json", help="One machine-readable summary on stdout, all else on stderr.")
+    bool,
+    typer.Option("--json", help="Print one machine-readable summary on stdout, everything else on stderr."),
 ]
 MemoryLimit = Annotated[
     str | None,
     typer.Option(
         "--memory-limit",
         metavar="SIZE",
-        help="Stay near SIZE of memory above an idle process (600M, 8G): hidden states go to the disk.",
+        help="Keep memory near SIZE above an idle process (600M, 8G): hidden states are spilled to disk.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -39,10 +40,10 @@ Sets = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on where an earlier run stopped; skip what is done.")
+    bool, typer.Option("--resume", help="Resume an interrupted run, skipping completed steps.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")
+    bool, typer.Option("--dry-run", help="Validate everything, show what would be done, and exit.")
 ]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
@@ -72,7 +73,7 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The whole story on the embedded model: base, distilled student, eight quantized students. Offline, minutes."""
+    """Run everything on the embedded model: base, distilled student, eight quantized students. Offline, minutes."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):
@@ -96,20 +97,22 @@ def quantize(
     results: Results = Path("results"),
     overrides: Sets = None,
     device: Device = "auto",
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Write the checkpoint; no run, no row.")] = False,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Write the checkpoint only; skip evaluation.")
+    ] = False,
     memory_limit: MemoryLimit = None,
     save_statistics: Annotated[
         Path | None,
-        typer.Option("--save-statistics", metavar="DIR", help="Keep what the calibration pass gathers."),
+        typer.Option("--save-statistics", metavar="DIR", help="Save the Hessians of the calibration pass."),
     ] = None,
     statistics: Annotated[
         Path | None,
         typer.Option(
-            "--statistics", metavar="DIR", help="Solve from kept statistics, without a forward pass."
+            "--statistics", metavar="DIR", help="Solve from saved Hessians, without a forward pass."
         ),
     ] = None,
     no_proof: Annotated[
-        bool, typer.Option("--no-proof", help="Do not reload the checkpoint in a fresh process at the end.")
+        bool, typer.Option("--no-proof", help="Do not validate the checkpoint in a fresh process.")
     ] = False,
     resume: Resume = False,
     dry_run: DryRun = False,
@@ -117,7 +120,7 @@ def quantize(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a model by one or more recipes, measure the saved checkpoints, and rank them."""
+    """Quantize a model with one or more recipes, measure the saved checkpoints, and rank them."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):
@@ -158,7 +161,7 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what quantizing will take before anything starts: size, disk, memory, time."""
+    """Estimate size, disk, memory and time before quantizing."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):
@@ -180,9 +183,7 @@ def distill(
     results: Results = Path("results"),
     ledger: Annotated[
         Path | None,
-        typer.Option(
-            "--ledger", help="The file that remembers every paid answer; default RESULTS/ledger.sqlite."
-        ),
+        typer.Option("--ledger", help="File that records every paid answer; default RESULTS/ledger.sqlite."),
     ] = None,
     overrides: Sets = None,
     device: Device = "auto",
@@ -192,7 +193,7 @@ def distill(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small student on a teacher's cleaned answers, and measure it against its base."""
+    """Train a small student on a teacher's cleaned answers and compare it with its base."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):
@@ -227,28 +228,34 @@ def evaluate(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", help="The model to compare with: fidelity, ratio, lost and gained."),
+        typer.Option(
+            "--baseline",
+            help="Model to compare with: KL divergence, perplexity ratio, lost and gained questions.",
+        ),
     ] = None,
     predictions: Annotated[
         Path | None,
         typer.Option(
-            "--predictions", help="Instead of a model: JSON lines of id and prediction (SQL) to score."
+            "--predictions", help="Score SQL from JSON lines of id and prediction, without a model."
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data", help="The questions: a file, or spider:DIR:dev, bird:DIR, hf:owner/name:split, …"
-        ),
+        typer.Option("--data", help="Questions: a file, or spider:DIR:dev, bird:DIR, hf:owner/name:split, …"),
     ] = None,
     rules: Annotated[
         list[str] | None,
-        typer.Option("--metric", metavar="RULE", help="Beside ours: spider-test-suite, bird, sql-eval."),
+        typer.Option(
+            "--metric",
+            metavar="RULE",
+            help="Also score with an official evaluator: spider-test-suite, bird, sql-eval.",
+        ),
     ] = None,
     judge: Annotated[
         Path | None,
         typer.Option(
-            "--judge", help="With --predictions: JSON lines of id and answer (yes or no) to set against ours."
+            "--judge",
+            help="With --predictions: JSON lines of id and answer (yes or no) to compare with execution.",
         ),
     ] = None,
     results: Results = Path("results"),
@@ -260,7 +267,7 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model or a checkpoint as it is stored, or score SQL that is written already."""
+    """Measure a model or checkpoint as stored, or score SQL that was written elsewhere."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):
@@ -290,7 +297,7 @@ def evaluate(
 def leaderboard(
     results: Results = Path("results"),
     sort: Annotated[str | None, typer.Option("--sort", metavar="COL", help="Column to rank by.")] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="Write the table here as CSV too.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Also write the table to this CSV file.")] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a self-contained page with plots.")
     ] = None,
@@ -312,7 +319,7 @@ def recipes(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The bundled recipes, a line each."""
+    """List the bundled recipes."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):
@@ -323,7 +330,7 @@ def recipes(
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """What this machine can run, and why not."""
+    """Show what this machine can run, and why not."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):

@@ -21,12 +21,12 @@ from quantlab.commands.distill_plan import Options as DistillOptions
 from quantlab.commands.guard import print_json, stdout_is_stderr
 from quantlab.commands.quantize import Options, quantize_and_measure
 from quantlab.errors import RecipeError
-from quantlab.evals import IN_TURN
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Advance, Progress
 from quantlab.recipe.distill import DistillRecipe
 from quantlab.recipe.load import find_recipe, load_recipe
 from quantlab.recipe.quantize import QuantizeRecipe, usable
+from quantlab.registry.tasks import TASKS
 
 MODEL = "embedded:base"
 DISTILL = "distill-embedded"
@@ -56,8 +56,6 @@ GAME = (
     "tasks.text2sql.max_new_tokens=96",
 )
 # Seconds that each kind of work takes on two cores, for the estimate before there is anything to measure.
-SECONDS = {"perplexity": 2.0, "text2sql": 8.0, "fidelity": 2.0}
-SPEED_SECONDS = 8.0  # a model that takes turns with others
 STAGES = {
     "cleaning: syntax and names": 9.0,
     "cleaning: duplicates": 8.0,
@@ -77,7 +75,7 @@ def run(out: Path, *, as_json: bool = False) -> None:
         and any(out.iterdir())
         and not any((out / name).exists() for name in ("runs", "student", "student.partial", "data"))
     ):
-        raise RecipeError(f"{out} already holds something else", hint="--out writes elsewhere")
+        raise RecipeError(f"{out} contains something else", hint="pass another --out")
     lesson = load_recipe(find_recipe(DISTILL), (*TRAINED, f"train.precision={_precision()}"))
     assert isinstance(lesson, DistillRecipe)
     recipes = quantize_recipes()
@@ -143,8 +141,9 @@ def _game(ref: str, out: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _finish(summary: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    from quantlab.report.cells import accuracy
     from quantlab.report.html import page
-    from quantlab.report.leaderboard import accuracy, print_table
+    from quantlab.report.leaderboard import print_table
     from quantlab.runs.leaderboard import rebuild_leaderboard
 
     rows = rebuild_leaderboard(out)
@@ -176,11 +175,13 @@ def expected(recipes: list[tuple[str, QuantizeRecipe]]) -> dict[str, float]:
     """Outermost task name → seconds expected."""
     steps = dict(STAGES)
     for count in (2, len(recipes) + 1):  # base and student; the student again, and what is made of it
-        steps[f"speed of {count} models"] = SPEED_SECONDS * count
+        steps[f"speed of {count} models"] = TASKS["speed"].seconds * count
     for name in ("none", DISTILL):
-        steps |= {f"{name}: {task}": SECONDS[task] for task in ("perplexity", "text2sql")}
+        steps |= {f"{name}: {task}": TASKS[task].seconds for task in ("perplexity", "text2sql")}
     for name, recipe in recipes:
-        steps |= {f"{name}: {task}": SECONDS[task] for task in recipe.evaluate if task not in IN_TURN}
+        steps |= {
+            f"{name}: {task}": TASKS[task].seconds for task in recipe.evaluate if not TASKS[task].in_turn
+        }
     return steps
 
 
@@ -196,6 +197,7 @@ class Overall:
         self.every = every
         self.started = self.spoke = time.monotonic()
         self._stack: list[str] = []
+        self._label = "starting"  # the last step, also between two of them
         self._bars: Any = None
         self._bar: Any = None
 
@@ -255,7 +257,9 @@ class Overall:
             self._show()
 
     def _show(self) -> None:
-        text = self._stack[0] if self._stack else "done" if self.done >= self.total else ""
+        if self._stack:
+            self._label = self._stack[0]
+        text = self._label if self.done < self.total else "done"
         if self._bars is not None:
             self._bars.update(self._bar, completed=self.done, left=self.left(), description=text)
         elif time.monotonic() - self.spoke >= self.every:

@@ -103,6 +103,11 @@ def atomic_write_text(path: Path, text: str) -> None:
         stream.write(text)
 
 
+def short_hash(parts: Iterable[str]) -> str:
+    """16 hexadecimal characters for some texts, in this order."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as stream:

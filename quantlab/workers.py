@@ -19,11 +19,13 @@ from typing import IO
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(module: str, stderr: IO[bytes], *, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    """Start ``python -m module`` with this very package; its stdin is a pipe."""
+def start(
+    module: str, stderr: IO[bytes], *words: str, stdout: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start ``python -m module words...`` with this very package; its stdin is a pipe."""
     paths = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", module, *words],
         stdin=subprocess.PIPE, stdout=stdout, stderr=stderr,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip

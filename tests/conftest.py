@@ -72,7 +72,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough random words for 16 rows of 64 bytes."""
+    """StopForward random words for 16 rows of 64 bytes."""
     import random
 
     seeded = random.Random(0)

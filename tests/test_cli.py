@@ -139,9 +139,9 @@ REFUSALS: list[tuple[list[str], int, str]] = [
     (["quantize", "gptq-int4", "--set", "calibration.source=empty.jsonl"], 4, "holds no text"),
     (["quantize", "gptq-int4", "--set", "calibration.source=bad.jsonl"], 4, "bad.jsonl, line 2"),
     (["quantize", "gptq-int4", "--set", "tasks.text2sql.data=bad.jsonl"], 4, "bad.jsonl"),
-    (["quantize", "gptq-int4", "--out", "full"], 2, "full already holds something"),
+    (["quantize", "gptq-int4", "--out", "full"], 2, "full is not empty"),
     (["quantize", "gptq-int4", "--out", "full", "--resume"], 2, "did not make"),
-    (["quantize", "gptq-int4", "--out", "file"], 2, "file already holds something"),
+    (["quantize", "gptq-int4", "--out", "file"], 2, "file is not empty"),
     (["evaluate", "--task", "perplexty"], 2, "did you mean 'perplexity'?"),
     (["evaluate", "--task", "fidelity"], 2, "--baseline"),
     (["evaluate", "--set", "tasks.speed.repeat=1"], 2, "did you mean 'repeats'?"),
@@ -259,7 +259,7 @@ def test_the_same_again_is_refused_and_resume_skips_it(
 ) -> None:
     place, _, _ = finished
     again = ["quantize", "rtn-int4", "--model", str(model), *PLAIN, "--out", "out/" + _folder(place, "rtn")]
-    assert "already holds something" in quantlab(*again, cwd=place, code=2).stderr
+    assert "is not empty" in quantlab(*again, cwd=place, code=2).stderr
     done = quantlab(*again[:-1], "elsewhere", cwd=place, code=2)
     assert "measured already" in done.stderr and not (place / "elsewhere").exists()
     before = {path: path.stat().st_mtime_ns for path in (place / "results" / "runs").rglob("*")}

@@ -11,7 +11,7 @@ import pytest
 
 from quantlab.calibration import read_texts
 from quantlab.commands.defaults import note_texts, settle
-from quantlab.commands.work import check_lengths
+from quantlab.commands.planned_run import check_lengths
 from quantlab.errors import RecipeError
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.paths import bundled_sources

@@ -25,7 +25,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("formats", "models"),
     ("calibration", "data"),
     ("recipe", "runs"),
-    ("paths", "progress", "stats", "textfile", "workers"),
+    ("paths", "progress", "registry", "stats", "textfile", "workers"),
     ("errors",),
 )
 SAME = {  # one piece in files
@@ -96,11 +96,11 @@ def test_imports_point_downwards(name: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("quantlab.quant.methods.gptq", "from quantlab.evals import TASKS"),
+        ("quantlab.quant.methods.gptq", "from quantlab.evals import run_task"),
         ("quantlab.quant.methods.gptq", "from quantlab import evals"),
         ("quantlab.quant.methods.gptq", "import quantlab.cli"),
         ("quantlab.evals.speed", "def f():\n    from quantlab.report.html import page"),
-        ("quantlab.text2sql.data.dataset", "if TYPE_CHECKING:\n    from quantlab.evals import TASKS"),
+        ("quantlab.text2sql.data.dataset", "if TYPE_CHECKING:\n    from quantlab.evals import run_task"),
         ("quantlab.runs.run", "from quantlab.recipe.load import Recipe"),
         ("quantlab.text2sql.data.dataset", "from ...evals import speed"),
         ("quantlab.text2sql.__init__", "from ..evals.speed import evaluate"),

@@ -10,8 +10,9 @@ import yaml
 
 from quantlab.commands.leaderboard import run as leaderboard
 from quantlab.errors import DataError, RecipeError
+from quantlab.report.cells import accuracy
 from quantlab.report.html import page, scatter
-from quantlab.report.leaderboard import accuracy, print_table, recipe_name, sort_rows
+from quantlab.report.leaderboard import print_table, recipe_name, sort_rows
 from quantlab.report.model_card import model_card, write_model_card
 from quantlab.runs.leaderboard import COLUMNS
 from quantlab.runs.run import Run

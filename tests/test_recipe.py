@@ -1,5 +1,7 @@
 """Recipes: what is accepted, what is refused, and that a refusal says file, line, key and nearest name."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -54,11 +56,11 @@ def refusal(text: str, *overrides: str) -> str:
         ("- gptq\n", "expected a mapping"),
         ("", "expected a mapping"),
         ("? [a]\n: b\n", "expected a word as key"),
-        ("kind: quantize\nmethod: rtn\ndamp: 0.1\n", "r.yaml:3: damp: method rtn has no use for it (only gptq)"),
+        ("kind: quantize\nmethod: rtn\ndamp: 0.1\n", "r.yaml:3: damp: not an option of rtn (only of gptq)"),
         ("kind: quantize\nmethod: none\nbits: 4\n", "r.yaml:3: bits: method none stores the model as it is"),
         ("kind: quantize\nmethod: bnb-nf4\nbits: 8\n", "r.yaml:3: bits: bnb-nf4 always has bits: 4"),
-        (AWQ + "bits: 3\nformat: awq\n", "the awq layout holds 4 bits only, not 3; for 3 bits set format"),
-        (GPTQ + "format: awq\nact_order: true\n", "the awq layout cannot store a column order; set format: gptq"),
+        (AWQ + "bits: 3\nformat: awq\n", "the awq format holds 4 bits only, not 3; for 3 bits set format"),
+        (GPTQ + "format: awq\nact_order: true\n", "the awq format cannot store a column order; set format: gptq"),
         (GPTQ + "format: bitsandbytes\n", "gptq is written as gptq or awq or compressed-tensors"),
         (GPTQ + "bits: atuo\n", "r.yaml:3: bits: 'atuo' is not one of 2, 3, 4, 8, 16 or 'auto'; did you mean auto?"),
         (GPTQ + "bits: auto\n", "target_bits: missing; bits: auto needs an average width between 2 and 8"),
@@ -67,22 +69,22 @@ def refusal(text: str, *overrides: str) -> str:
         (GPTQ + "bits: auto\ntarget_bits: .nan\n", "r.yaml:4: target_bits: expected"),
         (GPTQ + "bits: auto\ntarget_bits: '3.5'\n", "r.yaml:4: target_bits: expected a number, found '3.5'"),
         (GPTQ + "bits: auto\ntarget_bits: 3\nformat: gptq\n",
-         "r.yaml:5: format: the gptq layout is read with one width for all layers; for bits: auto set format: c"),
+         "r.yaml:5: format: the gptq format is read with one width for all layers; for bits: auto set format: c"),
         ("kind: quantize\nmethod: rtn\nbits: auto\n", "r.yaml:3: bits: auto weighs the layers on calibration data"),
-        ("kind: quantize\nmethod: rtn\ntarget_bits: 3\n", "method rtn has no use for it (only gptq, awq)"),
+        ("kind: quantize\nmethod: rtn\ntarget_bits: 3\n", "not an option of rtn (only of gptq, awq)"),
         ("kind: quantize\nmethod: bnb-nf4\nbits: auto\n", "r.yaml:3: bits: bnb-nf4 always has bits: 4"),
         ("kind: quantize\nmethod: fp8\nbits: 4\n", "r.yaml:3: bits: fp8 always has bits: 8; leave the key out"),
         ("kind: quantize\nmethod: fp8\nformat: gptq\n", "fp8 always has format: compressed-tensors"),
-        ("kind: quantize\nmethod: fp8\ncalibration: {rows: 4}\n", "method fp8 has no use for it (only gptq, awq)"),
+        ("kind: quantize\nmethod: fp8\ncalibration: {rows: 4}\n", "not an option of fp8 (only of gptq, awq)"),
         (GPTQ + "static_groups: true\n", "r.yaml:3: static_groups: goes with act_order: true"),
         (GPTQ + "act_order: group\nstatic_groups: true\n", "r.yaml:4: static_groups: goes with act_order: true"),
-        ("kind: quantize\nmethod: awq\nstatic_groups: true\n", "method awq has no use for it (only gptq)"),
+        ("kind: quantize\nmethod: awq\nstatic_groups: true\n", "not an option of awq (only of gptq)"),
         (GPTQ + "act_order: true\nformat: compressed-tensors\n",
-         "r.yaml:3: act_order: the compressed-tensors layout cannot store a column order; set format: gptq, or st"),
+         "r.yaml:3: act_order: the compressed-tensors format cannot store a column order; set format: gptq, or s"),
         (GPTQ + "bits: auto\ntarget_bits: 3\nact_order: true\n",
-         "r.yaml:5: act_order: the compressed-tensors layout cannot store a column order; set static_groups: true"),
+         "r.yaml:5: act_order: the compressed-tensors format cannot store a column order; set static_groups: true"),
         (GPTQ + "symmetric: false\nformat: compressed-tensors\n",
-         "r.yaml:3: symmetric: the compressed-tensors layout is read with symmetric grids only"),
+         "r.yaml:3: symmetric: the compressed-tensors format is read with symmetric grids only"),
         (GPTQ + "format: compressed-tensor\n", "did you mean compressed-tensors?"),
         (GPTQ + "tasks: {kv_cache: {bits: 3}}\n", "tasks.kv_cache.bits: 3 is not one of 2, 4 or 8"),
         (GPTQ + "tasks: {kv_cache: {group_size: 64}}\n", "tasks.kv_cache.bits: missing"),
@@ -138,15 +140,41 @@ def test_static_groups_need_no_column_order() -> None:
     for layout in ("gptq", "awq", "compressed-tensors"):
         found = parse(GPTQ + f"act_order: true\nstatic_groups: true\nformat: {layout}\n")
         assert found.static_groups and found.content()["static_groups"]
-    assert "static_groups" not in parse(GPTQ).content() and "target_bits" not in parse(GPTQ).content()
+    assert "target_bits" not in parse(GPTQ).content()
+
+
+def test_a_digest_holds_the_differences_from_the_defaults() -> None:
+    """So a key that is added later leaves the digests of recipes without it as they are."""
+    plain = parse(GPTQ)
+    assert plain.decides() == {"kind": "quantize", "method": "gptq"}
+    assert (
+        parse(GPTQ, "damp=0.01", "calibration.rows=128", "tasks.speed.repeats=5").digest() == plain.digest()
+    )
+    changed = parse(GPTQ, "damp=0.05", "calibration.rows=64", "tasks.speed.repeats=3")
+    assert changed.decides() == plain.decides() | {
+        "damp": 0.05,
+        "calibration": {"rows": 64},
+        "tasks": {"speed": {"repeats": 3}},
+    }
+
+    class Later(type(plain)):  # type: ignore[misc]
+        new_key: int = 7
+
+    assert Later(method="gptq").digest() == plain.digest() != Later(method="gptq", new_key=8).digest()
+
+
+# Every default of today. Changing one makes other results under the same digest: raise DEFAULTS, then note it here.
+def test_defaults_change_only_with_their_number() -> None:
+    from quantlab.recipe.base import DEFAULTS
+
+    found = json.dumps({name: json.loads(parse(f"kind: quantize\nmethod: {name}\n").model_dump_json())
+                        for name in ("rtn", "gptq", "awq", "bnb-nf4", "fp8", "none")}, sort_keys=True)  # fmt: skip
+    assert (DEFAULTS, hashlib.sha256(found.encode()).hexdigest()[:16]) == (1, "DIGEST")
 
 
 def test_a_quantized_cache_reaches_the_tasks() -> None:
     plain, cached = parse(GPTQ), parse(GPTQ, "tasks.kv_cache.bits=4")
-    assert (
-        "kv_cache" not in plain.content()["tasks"]
-        and plain.digest() == parse(GPTQ, "tasks.kv_cache=null").digest()
-    )
+    assert plain.digest() == parse(GPTQ, "tasks.kv_cache=null").digest()
     assert cached.content()["tasks"]["kv_cache"] == {"bits": 4, "group_size": 64, "residual": 128}
     assert parse(cached.to_yaml()).digest() == cached.digest() != plain.digest()
     for task in ("perplexity", "text2sql", "fidelity", "speed"):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from quantlab.calibration import read_texts
-from quantlab.commands.work import provenance
+from quantlab.commands.planned_run import provenance
 from quantlab.data.exclusions import read_rows
 from quantlab.errors import DataError, QuantlabError, RecipeError
 from quantlab.recipe.load import load_recipe

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from quantlab.formats import layout
+from quantlab.formats import format_module
 
 
 class Checkpoint:
@@ -78,12 +78,12 @@ def dequantize(method: str | None, tensors: Mapping[str, torch.Tensor]) -> torch
     if method == "gptq":
         inputs = tensors["g_idx"].shape[0]
         bits = tensors["qweight"].shape[0] * 32 // inputs
-        codes, scales, zeros, group_of = layout("gptq").unpack(
+        codes, scales, zeros, group_of = format_module("gptq").unpack(
             tensors, bits=bits, group_size=inputs // tensors["scales"].shape[0]
         )
     elif method == "awq":
         size = tensors["qweight"].shape[0] // tensors["scales"].shape[0]
-        codes, scales, zeros, group_of = layout("awq").unpack(tensors, bits=4, group_size=size)
+        codes, scales, zeros, group_of = format_module("awq").unpack(tensors, bits=4, group_size=size)
     elif method == "compressed-tensors":
         codes, scales, zeros, group_of = _compressed(tensors)
     else:

@@ -12,7 +12,7 @@ ORDERS = {"none": "false", "group": "group", "true": "true", "static": "true, st
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A model, where its calibration rows come from, and the text that it is measured on."""
 
     name: str

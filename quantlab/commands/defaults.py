@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from quantlab.formats.readers import transformers_reads
 from quantlab.models.provenance import is_embedded
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.recipe.base import BaseRecipe
 from quantlab.recipe.load import parse_settled
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import PACKING, transformers_reads
+from quantlab.registry.tasks import TASKS, options_key
 
 R = TypeVar("R", bound=BaseRecipe)
 EMBEDDED_CALIBRATION, EMBEDDED_TEXT = "calib/ko-text2sql.jsonl", "heldout.txt"
@@ -68,13 +69,15 @@ def _is_named(recipe: BaseRecipe, key: str) -> bool:
 
 
 def _what(key: str) -> str:
-    return key.removeprefix("tasks.").removesuffix(".source")
+    return key.removeprefix("tasks.").rpartition(".")[0]
 
 
 def _text_keys(recipe: BaseRecipe) -> Iterator[str]:
     if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
         yield "calibration.source"
-    yield from (f"tasks.{task}.source" for task in ("perplexity", "fidelity") if task in recipe.evaluate)
+    for name, task in TASKS.items():
+        if name in recipe.evaluate:
+            yield from (f"tasks.{options_key(name)}.{key}" for key in task.texts)
 
 
 def _open_keys(recipe: BaseRecipe, files: ModelFiles) -> Iterator[tuple[str, Any]]:
@@ -84,7 +87,7 @@ def _open_keys(recipe: BaseRecipe, files: ModelFiles) -> Iterator[tuple[str, Any
             yield key, EMBEDDED_CALIBRATION if key == "calibration.source" else EMBEDDED_TEXT
     longest = files.positions
     if longest is not None and SHORTEST <= longest < WINDOW:
-        yield from ((key.replace("source", "seq_len"), longest) for key in _text_keys(recipe))
+        yield from ((f"{key.rpartition('.')[0]}.seq_len", longest) for key in _text_keys(recipe))
     if longest is not None and "speed" in recipe.evaluate and longest < PROMPT + ANSWER:
         speed = recipe.named().get("tasks", {}).get("speed", {})
         answer = int(speed.get("new_tokens", max(2, min(ANSWER, longest // 4))))
@@ -96,7 +99,7 @@ def _open_keys(recipe: BaseRecipe, files: ModelFiles) -> Iterator[tuple[str, Any
 
 def _layout(recipe: QuantizeRecipe, files: ModelFiles) -> Iterator[tuple[str, Any]]:
     """Another layout than the method's own where transformers would not read that right."""
-    if "format" in recipe.named() or recipe.format not in ("gptq", "awq"):
+    if "format" in recipe.named() or recipe.format not in PACKING:
         return
     if transformers_reads(recipe.format, experts=files.has_experts):
         return

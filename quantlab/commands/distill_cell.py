@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,21 +16,15 @@ from quantlab import __version__
 from quantlab.calibration import read_texts
 from quantlab.commands.defaults import note_texts
 from quantlab.commands.distill_plan import Plan, plan_cell
-from quantlab.commands.work import (
-    Work,
-    find_baseline,
-    short_hash,
-    start_run,
-    text_digest,
-)
+from quantlab.commands.planned_run import PlannedRun, find_baseline, start_run, text_digest
 from quantlab.distill.prepare import prepare, read_source
 from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.sweep import Cell
 from quantlab.models.provenance import provenance
 from quantlab.models.safetensors.files import ModelFiles, open_files
-from quantlab.paths import atomic_write_text
+from quantlab.paths import atomic_write_text, short_hash
 from quantlab.progress import Progress
-from quantlab.quant.checkpoint import partial_path
+from quantlab.quant.checkpoint_paths import partial_path
 from quantlab.recipe.distill import DistillRecipe
 from quantlab.runs.leaderboard import rebuild_leaderboard
 from quantlab.runs.run import Run
@@ -37,6 +32,8 @@ from quantlab.text2sql.data.dataset import load_items
 
 if TYPE_CHECKING:
     from quantlab.commands.distill_plan import Options
+    from quantlab.distill.data import Block
+    from quantlab.distill.train import LogitLoss, Settings
 
 
 def run_cell(name: str, cell: Cell, options: Options, progress: Progress) -> dict[str, Any]:
@@ -87,7 +84,8 @@ def _make(plan: Plan, options: Options, progress: Progress, together: _Processes
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(options.results / "tensorboard" / plan.work.run_id))
     student = _open(plan, options)
-    blocks, evaluated, settings, logits, counts = _lay_out(plan, student, rows, options, progress)
+    lesson = _lay_out(plan, student, rows, options, progress)
+    counts = lesson.counts
     if together.first and counts["too_long"]:
         progress.note(
             f"{counts['too_long']} rows are left out: longer than {recipe.train.max_len} tokens, or with a prompt that "
@@ -95,7 +93,15 @@ def _make(plan: Plan, options: Options, progress: Progress, together: _Processes
         )
     size = trainable(student.model)
     with progress.task(f"training {plan.work.name}"):
-        trained = train(student, blocks, evaluated, settings, partial / "training", progress, logits)
+        trained = train(
+            student,
+            lesson.blocks,
+            lesson.held_out,
+            lesson.settings,
+            partial / "training",
+            progress,
+            lesson.logits,
+        )
     if not together.first:
         return
     record = {
@@ -122,7 +128,7 @@ def _make(plan: Plan, options: Options, progress: Progress, together: _Processes
     shutil.rmtree(partial)
 
 
-def _open_partial(partial: Path, work: Work, options: Options) -> None:
+def _open_partial(partial: Path, work: PlannedRun, options: Options) -> None:
     """The directory of the unfinished student; one of another recipe, or without --resume, is begun anew."""
     marker = partial / "resume.json"
     key = {"run_id": work.run_id}
@@ -170,10 +176,20 @@ def _open(plan: Plan, options: Options) -> Any:
     )
 
 
-def _lay_out(
-    plan: Plan, student: Any, rows: dict[str, Any], options: Options, progress: Progress
-) -> tuple[Any, Any, Any, Any, dict[str, int]]:
-    """Blocks to train on, blocks to evaluate on, the trainer's settings, the KL loss, and what was counted."""
+@dataclass(frozen=True)
+class _Lesson:
+    """What the trainer is given: blocks to train on, blocks that are evaluated on, settings, the KL loss where there is
+    one, and how many rows and tokens there are."""
+
+    blocks: Sequence[Block]
+    held_out: Sequence[Block]
+    settings: Settings
+    logits: LogitLoss | None
+    counts: dict[str, int]
+
+
+def _lay_out(plan: Plan, student: Any, rows: dict[str, Any], options: Options, progress: Progress) -> _Lesson:
+    """The rows as blocks of tokens, and how they are trained on."""
     from quantlab.distill.data import pack, split_off
     from quantlab.distill.train import Settings
 
@@ -196,7 +212,7 @@ def _lay_out(
         "blocks": len(blocks),
         "block_tokens": sum(map(len, blocks)),
     }
-    return blocks, held, settings, logits, counts
+    return _Lesson(blocks, held, settings, logits, counts)
 
 
 def _encode(
@@ -222,12 +238,12 @@ def _logits(plan: Plan, student: Any, examples: Any, options: Options, progress:
     """The teacher's log-probabilities on the examples, gathered where the store lacks them."""
     from quantlab.distill.logits import gather_logits, same_vocabulary, vocabulary_digest
     from quantlab.distill.train import LogitLoss
-    from quantlab.models.load import load_subject
+    from quantlab.models.load import load_model
 
     wish = plan.recipe.train.logits
     assert wish is not None
     files = open_files(wish.model)
-    teacher = load_subject(
+    teacher = load_model(
         wish.model,
         device=options.device,
         dtype="float32" if student.device == "cpu" else "auto",
@@ -284,10 +300,10 @@ def _stored_dtype(files: ModelFiles) -> str:
 def _measure(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]:
     """Base and student on the same items, the comparison, the card; returns what the summary shows."""
     from quantlab.commands.distill_report import add_comparison, describe
-    from quantlab.commands.measure import Bench, Entry
+    from quantlab.commands.measure import Entry, Evaluator
     from quantlab.report.student_card import write_student_card
 
-    bench = Bench(options.device, options.trust_remote_code, progress)
+    bench = Evaluator(options.device, options.trust_remote_code, progress)
     model = plan.recipe.student.model
     base = find_baseline(plan.work, plan.files.digest) or plan.base.existing() or start_run(plan.base)
     run = plan.work.existing() or start_run(plan.work)

@@ -10,13 +10,12 @@ from typing import Any
 
 from quantlab.calibration import read_texts
 from quantlab.commands.defaults import settle
-from quantlab.commands.work import (
-    Work,
+from quantlab.commands.planned_run import (
+    PlannedRun,
     check_weights,
     open_model,
     plan_work,
     refuse_existing,
-    short_hash,
     stored_as,
     text_digest,
 )
@@ -25,7 +24,7 @@ from quantlab.distill.sweep import Cell
 from quantlab.errors import MachineError, RecipeError
 from quantlab.models.provenance import provenance
 from quantlab.models.safetensors.files import ModelFiles
-from quantlab.paths import file_digest, find_source, slug
+from quantlab.paths import file_digest, find_source, short_hash, slug
 from quantlab.recipe.distill import DistillRecipe
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.text2sql.data.dataset import digest, on_the_hub
@@ -56,8 +55,8 @@ class Plan:
     cell: Cell
     recipe: DistillRecipe
     files: ModelFiles
-    work: Work
-    base: Work
+    work: PlannedRun
+    base: PlannedRun
     out: Path
     made: bool  # the student is there already
     measured: bool
@@ -122,18 +121,18 @@ def _source_digest(recipe: DistillRecipe, source: Source | None) -> str:
     return short_hash(parts)
 
 
-def _is_ours(out: Path, work: Work, options: Options) -> bool:
+def _is_ours(out: Path, work: PlannedRun, options: Options) -> bool:
     """Whether `out` holds this very student; anything else there is refused."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     found = provenance(out)
     if not options.resume:
-        goes_on = "--resume goes on; " if found else ""
-        raise RecipeError(f"{out} already holds something", hint=f"{goes_on}--out writes elsewhere")
+        goes_on = "pass --resume to continue, or " if found else "pass "
+        raise RecipeError(f"{out} is not empty", hint=f"{goes_on}another --out")
     if found.get("run_id") != work.run_id:
         raise RecipeError(
-            f"{out} holds something that this recipe, model and data did not make",
-            hint="--out writes elsewhere",
+            f"{out} contains a student of another recipe, model or data",
+            hint="pass another --out",
         )
     return True
 

@@ -17,24 +17,27 @@ from typing import Any
 
 from quantlab import __version__
 from quantlab.commands.guard import print_json, stdout_is_stderr
+from quantlab.registry.formats import FORMATS, PACKING
+from quantlab.registry.methods import METHODS
+from quantlab.registry.tasks import TASKS
 
 PACKAGES = (
-    "torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "optimum", "gptqmodel", "datasets",
-    "lm-eval", "sqlglot", "triton",
+    "torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "optimum", "gptqmodel", "compressed-tensors",
+    "datasets", "lm-eval", "sqlglot", "triton",
 )  # fmt: skip
 
-# What must import for a thing to work, and how to get it.
-NEEDS: dict[str, tuple[str, ...]] = {
-    "none": ("torch", "transformers"),
-    "rtn": ("torch", "transformers", "optimum", "gptqmodel"),
-    "gptq": ("torch", "transformers", "optimum", "gptqmodel"),
-    "awq": ("torch", "transformers", "gptqmodel"),
-    "bnb-int8": ("torch", "transformers", "bitsandbytes"),
-    "bnb-fp4": ("torch", "transformers", "bitsandbytes"),
-    "bnb-nf4": ("torch", "transformers", "bitsandbytes"),
-    "text2sql": ("torch", "transformers", "sqlglot"),
-    "lm-eval": ("torch", "transformers", "lm_eval"),
-}
+BASE = ("torch", "transformers")
+
+
+def needs() -> dict[str, tuple[str, ...]]:
+    """What must import for each method, format and task; a method needs what its own format needs too."""
+    found = {}
+    for name, method in METHODS.items():
+        format = method.fixed.format if method.fixed else method.formats[0]
+        found[name] = (*method.requires, *FORMATS[format].requires)
+    found |= {f"format {name}": (*BASE, *FORMATS[name].requires) for name in PACKING}
+    found |= {name: (*BASE, *task.requires) for name, task in TASKS.items()}
+    return {name: tuple(dict.fromkeys(modules)) for name, modules in found.items()}
 
 
 def run(*, as_json: bool) -> None:
@@ -52,17 +55,18 @@ def run(*, as_json: bool) -> None:
         print(f"  {name:<14}{value or 'not installed'}")
     print("\nwhat can run")
     for name, reason in found["can_run"].items():
-        print(f"  {name:<14}{'yes' if not reason else 'no: ' + reason}")
+        print(f"  {name:<26}{'yes' if not reason else 'no: ' + reason}")
 
 
 def examine() -> dict[str, Any]:
     """Everything that `doctor` says, as one dictionary; `can_run` maps to the reason why not, "" when it can."""
     problems: dict[str, str] = {}
+    wanted = needs()
     _attempt(lambda: import_module("quantlab.models.load").quiet_libraries())
-    for module in sorted({module for modules in NEEDS.values() for module in modules}):
+    for module in sorted({module for modules in wanted.values() for module in modules}):
         problems[module] = _import_problem(module)
     reasons = {}
-    for name, modules in NEEDS.items():
+    for name, modules in wanted.items():
         reasons[name] = "; ".join(problems[module] for module in modules if problems[module])
     return {
         "quantlab": __version__,

@@ -10,12 +10,10 @@ import yaml
 
 from quantlab.commands.defaults import note_texts, settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
-from quantlab.commands.measure import Bench, Entry
-from quantlab.commands.predictions import text2sql_overrides
-from quantlab.commands.quantize import calibration_name, check_device, fail_for, show
-from quantlab.commands.work import (
+from quantlab.commands.measure import Entry, Evaluator
+from quantlab.commands.planned_run import (
     COMPARED,
-    Work,
+    PlannedRun,
     check_weights,
     find_baseline,
     open_model,
@@ -24,6 +22,8 @@ from quantlab.commands.work import (
     start_run,
     stored_as,
 )
+from quantlab.commands.predictions import text2sql_overrides
+from quantlab.commands.quantize import calibration_name, check_device, fail_for, show
 from quantlab.errors import RecipeError
 from quantlab.models.provenance import provenance
 from quantlab.models.safetensors.files import ModelFiles
@@ -131,7 +131,7 @@ def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]
             for w in works
         ]
         return {"status": "dry-run", "model": model, "plan": plan}
-    bench = Bench(options.device, options.trust_remote_code, progress)
+    bench = Evaluator(options.device, options.trust_remote_code, progress)
     runs = [work.existing() or start_run(work) for work in works]
     entries = [Entry(work, run, work.model) for work, run in zip(works, runs, strict=True) if not run.done]
     against = (options.baseline, target.recipe.dtype) if options.baseline else None
@@ -166,7 +166,9 @@ def _recipe(tasks: tuple[str, ...], options: Options) -> EvaluateRecipe:
     return recipe
 
 
-def _baseline(target: Work, options: Options, progress: Progress) -> tuple[Run | None, list[Work]]:
+def _baseline(
+    target: PlannedRun, options: Options, progress: Progress
+) -> tuple[Run | None, list[PlannedRun]]:
     """The baseline's finished run, or else the work that makes one; neither when nothing is compared."""
     compared = [task for task in target.recipe.evaluate if task in COMPARED]
     if options.baseline is None or not compared:
@@ -180,7 +182,7 @@ def _baseline(target: Work, options: Options, progress: Progress) -> tuple[Run |
     return None, [_work(files, recipe, options)]
 
 
-def _work(files: ModelFiles, recipe: EvaluateRecipe, options: Options) -> Work:
+def _work(files: ModelFiles, recipe: EvaluateRecipe, options: Options) -> PlannedRun:
     work = plan_work("evaluate", recipe, files.name, files, options.results)
     work.row.update(stored_as(files), parent=options.baseline if options.baseline != files.name else None)
     made = provenance(files.path)

@@ -36,7 +36,7 @@ def guarded(*, debug: bool = False, as_json: bool = False) -> Iterator[None]:
         yield
     except Interrupted:
         _fail(
-            QuantlabError("interrupted", hint="the same command with --resume goes on from here"),
+            QuantlabError("interrupted", hint="run the same command with --resume to continue"),
             debug,
             as_json,
         )

@@ -12,21 +12,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantlab.commands.work import Work
+from quantlab.commands.planned_run import PlannedRun
 from quantlab.errors import NotANumber
-from quantlab.evals import IN_TURN, NEEDS_BASELINE, run_task
+from quantlab.evals import run_task
 from quantlab.progress import Progress
-from quantlab.recipe.base import SpeedOptions
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.tasks import TASKS, SpeedOptions
 from quantlab.runs.run import Run, verdicts
 from quantlab.stats import flips
 
 if TYPE_CHECKING:
     from quantlab.evals.speed import Contestant
-    from quantlab.models.load import Subject
+    from quantlab.models.load import LoadedModel
 
 
-class Bench:
+class Evaluator:
     """Where models are measured: the device, the progress, and the baseline model kept loaded between runs."""
 
     def __init__(self, device: str, trust_remote_code: bool, progress: Progress) -> None:
@@ -34,14 +34,14 @@ class Bench:
         self.trust_remote_code = trust_remote_code
         self.progress = progress
         self.errors: list[str] = []  # measurements that came out as NaN
-        self._kept: tuple[tuple[str, str], Subject] | None = None
+        self._kept: tuple[tuple[str, str], LoadedModel] | None = None
 
-    def load(self, ref: str | Path, dtype: str) -> Subject:
-        from quantlab.models.load import load_subject
+    def load(self, ref: str | Path, dtype: str) -> LoadedModel:
+        from quantlab.models.load import load_model
 
-        return load_subject(ref, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        return load_model(ref, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code)
 
-    def baseline(self, ref: str, dtype: str) -> Subject:
+    def baseline(self, ref: str, dtype: str) -> LoadedModel:
         """The baseline model, loaded once."""
         if self._kept is None or self._kept[0] != (ref, dtype):
             self._kept = None
@@ -90,7 +90,7 @@ class Bench:
 
     def measure(
         self,
-        work: Work,
+        work: PlannedRun,
         run: Run,
         ref: str | Path,
         baseline: Run | None,
@@ -113,11 +113,11 @@ class Bench:
         run.record["data"] = dict(work.data)
         run.record["errors"] = {}
         for task in recipe.evaluate:
-            done = task in run.record["tasks"] or task in IN_TURN
-            if done or (task in NEEDS_BASELINE and own_baseline):
+            known = TASKS[task.partition(":")[0]]
+            if task in run.record["tasks"] or known.in_turn or (known.needs_baseline and own_baseline):
                 continue
             reference = (
-                self.baseline(baseline_ref, recipe.dtype) if task in NEEDS_BASELINE and baseline_ref else None
+                self.baseline(baseline_ref, recipe.dtype) if known.needs_baseline and baseline_ref else None
             )
             started = time.perf_counter()
             try:
@@ -139,7 +139,7 @@ class Bench:
         del subject
         free_memory()
 
-    def _not_a_number(self, work: Work, run: Run, task: str, error: NotANumber) -> None:
+    def _not_a_number(self, work: PlannedRun, run: Run, task: str, error: NotANumber) -> None:
         """Keep the error with the run and go on with what else there is to measure."""
         run.record["errors"][task] = str(error)
         run.log("error", task=task, message=str(error))
@@ -151,12 +151,12 @@ class Bench:
 class Entry:
     """A run that is open, and where its model is."""
 
-    work: Work
+    work: PlannedRun
     run: Run
     ref: str | Path
 
 
-def dtype_of(work: Work) -> str:
+def dtype_of(work: PlannedRun) -> str:
     """What the model of a run is loaded in: a checkpoint says itself in which type it computes."""
     recipe = work.recipe
     return "auto" if isinstance(recipe, QuantizeRecipe) and not work.is_baseline else recipe.dtype

@@ -14,11 +14,11 @@ from typing import Any
 
 from quantlab.commands.defaults import settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
+from quantlab.commands.planned_run import open_model
 from quantlab.commands.quantize import check_device, load_recipes
-from quantlab.commands.work import open_model
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.quant.estimate.checkpoint_size import stored_float
-from quantlab.quant.estimate.forecast import Forecast, Rates, together
+from quantlab.quant.estimate.forecast import Forecast, MachineSpeed, together
 from quantlab.quant.pipeline import check
 from quantlab.recipe.quantize import QuantizeRecipe
 
@@ -48,14 +48,14 @@ def run(names: Sequence[str], options: Options, *, as_json: bool = False) -> Non
 
 
 def plan(
-    recipes: Sequence[tuple[str, QuantizeRecipe]], options: Options, rates: Rates | None = None
+    recipes: Sequence[tuple[str, QuantizeRecipe]], options: Options, rates: MachineSpeed | None = None
 ) -> dict[str, Any]:
     """Forecasts of the recipes run together; ``rates`` are measured unless given."""
     check_device(options.device)
     files = open_model(options.model)
     recipes = [(name, settle(recipe, files)) for name, recipe in recipes]
     for _, recipe in recipes:
-        check(recipe, options.model)
+        check(recipe, files)
     device, free = _machine(options.device)
     measured = rates or _measure(device, files, options)
     plain = [recipe for _, recipe in recipes]
@@ -114,7 +114,7 @@ def _machine(wish: str) -> tuple[str, int]:
     return device, int(torch.cuda.mem_get_info(device)[0])
 
 
-def _measure(device: str, files: ModelFiles, options: Options) -> Rates:
+def _measure(device: str, files: ModelFiles, options: Options) -> MachineSpeed:
     import torch
 
     from quantlab.models.precision import computed_in

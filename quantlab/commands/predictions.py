@@ -16,9 +16,8 @@ from typing import Any
 
 from quantlab import __version__
 from quantlab.commands.guard import print_json, stdout_is_stderr
-from quantlab.commands.work import short_hash
 from quantlab.errors import RecipeError
-from quantlab.paths import file_digest, slug
+from quantlab.paths import file_digest, short_hash, slug
 from quantlab.progress import Progress, default_progress
 from quantlab.recipe.load import EvaluateRecipe, parse_recipe
 from quantlab.runs.leaderboard import rebuild_leaderboard
@@ -84,7 +83,7 @@ def score(predictions: Path, options: Options, progress: Progress) -> dict[str, 
     if found is not None and found.done and not options.resume:
         raise RecipeError(
             f"{directory}: these predictions were scored already",
-            hint="--resume shows them; --results writes elsewhere",
+            hint="pass --resume to show them, or another --results",
         )
     if found is None or not found.done:
         found = Run.start(directory, recipe.to_yaml(), row)

@@ -17,10 +17,10 @@ from typing import Any
 
 from quantlab.commands.defaults import note_texts, settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
-from quantlab.commands.measure import Bench, Entry
-from quantlab.commands.work import (
+from quantlab.commands.measure import Entry, Evaluator
+from quantlab.commands.planned_run import (
     COMPARED,
-    Work,
+    PlannedRun,
     check_weights,
     find_baseline,
     open_model,
@@ -31,15 +31,16 @@ from quantlab.commands.work import (
     stored_as,
 )
 from quantlab.errors import DataError, RecipeError
-from quantlab.evals import NEEDS_BASELINE
-from quantlab.formats.readers import Readers, readers
 from quantlab.models.provenance import provenance
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.paths import slug
 from quantlab.progress import Progress, default_progress
+from quantlab.quant.checkpoint_paths import tidy
 from quantlab.quant.pipeline import Job, Outcome, Settings, check, quantize
 from quantlab.recipe.load import Recipe, find_recipe, load_recipe
 from quantlab.recipe.quantize import QuantizeRecipe, usable
+from quantlab.registry.formats import Readers, readers
+from quantlab.registry.tasks import TASKS
 from quantlab.report.model_card import write_model_card
 from quantlab.runs.leaderboard import rebuild_leaderboard
 from quantlab.runs.run import Run
@@ -68,7 +69,7 @@ class Options:
 class Item:
     """One recipe on its way: where its checkpoint goes, its run, and what is left to do."""
 
-    work: Work
+    work: PlannedRun
     out: Path | None  # None: the model itself
     solve: bool = True
     measure: bool = True
@@ -148,15 +149,15 @@ def quantize_and_measure(
         progress.note(said)
     recipes = [(name, settle(recipe, files)) for name, recipe in recipes]
     for _, recipe in recipes:
-        check(recipe, options.model)  # a misfit is the first thing to know, before what is in the way
+        check(recipe, files)  # a misfit is the first thing to know, before what is in the way
     items = plan_items(recipes, options, files)
     for item in items:
         if item.solve and item.out is not None:
-            check(item.recipe, options.model, item.out)
+            check(item.recipe, files, item.out)
     check_weights(files)
     if options.dry_run:
         return {"status": "dry-run", "model": options.model, "plan": [_steps(item) for item in items]}
-    _solve(items, options, progress)
+    _solve(items, files, options, progress)
     rows, board, errors = _measure(items, options, progress) if options.evaluate else ([], None, [])
     for item in items:
         if item.out is not None:
@@ -231,17 +232,18 @@ def _settle(item: Item, options: Options) -> None:
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         made = provenance(out)
         if not options.resume:
-            goes_on = "--resume goes on; " if made else ""
-            raise RecipeError(f"{out} already holds something", hint=f"{goes_on}--out writes elsewhere")
+            goes_on = "pass --resume to continue, or " if made else "pass "
+            raise RecipeError(f"{out} is not empty", hint=f"{goes_on}another --out")
         if (made.get("recipe_digest"), made.get("parent_digest")) != (
             work.row["recipe_digest"],
             work.files.digest,
         ):
             raise RecipeError(
-                f"{out} holds something that this recipe and model did not make",
-                hint="--out writes elsewhere",
+                f"{out} contains a checkpoint from another recipe or model",
+                hint="pass another --out",
             )
         item.solve = False
+        tidy(out)  # what a kill between naming the checkpoint and cleaning up left behind
     found = work.existing() if options.evaluate else None
     if found is None:
         return
@@ -262,7 +264,7 @@ def _with_baseline(item: Item, items: list[Item], options: Options, files: Model
     return [*items, _item("none", recipe, options, files, alone=False)]
 
 
-def _solve(items: Sequence[Item], options: Options, progress: Progress) -> None:
+def _solve(items: Sequence[Item], files: ModelFiles, options: Options, progress: Progress) -> None:
     todo = [item for item in items if item.solve and item.out is not None]
     if not todo:
         return
@@ -270,7 +272,7 @@ def _solve(items: Sequence[Item], options: Options, progress: Progress) -> None:
     with progress.task("quantizing"):
         outcomes = quantize(
             jobs,
-            options.model,
+            files,
             progress=progress,
             settings=Settings(
                 device=options.device,
@@ -291,7 +293,7 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], Path, list[str]]:
     """Measure what is left, rebuild the leaderboard after every run; returns the rows of these runs, ranked, and what
     could not be measured."""
-    bench = Bench(options.device, options.trust_remote_code, progress)
+    bench = Evaluator(options.device, options.trust_remote_code, progress)
     for item in items:
         if not item.measure:
             progress.note(f"{item.work.name}: measured already, run {item.work.run_id}")
@@ -348,7 +350,11 @@ def calibration_name(made: Mapping[str, Any]) -> str | None:
 
 
 def _steps(item: Item) -> dict[str, Any]:
-    tasks = [t for t in item.recipe.evaluate if not (item.work.is_baseline and t in NEEDS_BASELINE)]
+    tasks = [
+        t
+        for t in item.recipe.evaluate
+        if not (item.work.is_baseline and TASKS[t.partition(":")[0]].needs_baseline)
+    ]
     steps = (["quantize"] if item.solve else []) + (tasks if item.measure else [])
     return {
         "recipe": item.work.name,

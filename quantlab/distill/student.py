@@ -20,7 +20,7 @@ from torch import nn
 
 from quantlab.errors import DataError, MachineError
 from quantlab.models.companions import copy_companions
-from quantlab.models.load import compute_bnb_in, load_subject, packed_as, pick_device
+from quantlab.models.load import compute_bnb_in, load_model, packed_as, pick_device
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.quant.methods.bnb import bnb_config
 
@@ -95,7 +95,7 @@ def open_student(
     dtype = precision if frozen_half or (quantized and files.quantized is None) else "float32"
     if files.quantized is not None:
         dtype = "auto" if frozen_half else "float32"
-    subject = load_subject(
+    subject = load_model(
         ref, device=place, dtype=dtype, trust_remote_code=trust_remote_code, quantization=scheme
     )
     model = subject.model

@@ -13,15 +13,15 @@ from typing import Any
 
 from quantlab.errors import DataError, MachineError, RecipeError
 from quantlab.evals.lm_eval_tasks import FOLDER
-from quantlab.models.load import Subject
+from quantlab.models.load import LoadedModel
 from quantlab.paths import find_source, nearest
 from quantlab.progress import Progress
-from quantlab.recipe.base import LmEvalOptions
+from quantlab.registry.tasks import LmEvalOptions
 from quantlab.runs.run import VERDICTS, Sample, TaskResult
 
 
 def evaluate(
-    subject: Subject, options: LmEvalOptions, *, baseline: Subject | None = None, progress: Progress
+    subject: LoadedModel, options: LmEvalOptions, *, baseline: LoadedModel | None = None, progress: Progress
 ) -> TaskResult:
     """Metrics as the harness names them ("acc", "acc_stderr", …), one sample a document with its own score."""
     try:

@@ -18,16 +18,16 @@ import torch
 from quantlab.errors import DataError, RecipeError
 from quantlab.evals.kv_cache import Caches, logits_of
 from quantlab.evals.windows import batch_rows, load_windows, refuse_nan
-from quantlab.models.load import Subject
+from quantlab.models.load import LoadedModel
 from quantlab.progress import Progress
-from quantlab.recipe.base import FidelityOptions
+from quantlab.registry.tasks import FidelityOptions
 from quantlab.runs.run import TaskResult
 
 POSITIONS_AT_ONCE = 256
 
 
 def evaluate(
-    subject: Subject, options: FidelityOptions, *, baseline: Subject | None = None, progress: Progress
+    subject: LoadedModel, options: FidelityOptions, *, baseline: LoadedModel | None = None, progress: Progress
 ) -> TaskResult:
     """Metrics kl_mean, kl_stderr (windows taken as independent), kl_p99, kl_max, top1_agreement, kl_text, tokens."""
     if baseline is None:
@@ -112,7 +112,7 @@ def percentile(values: torch.Tensor, share: float) -> float:
     return float(values.kthvalue(rank).values)
 
 
-def check_same_tokens(subject: Subject, baseline: Subject, ids: torch.Tensor) -> None:
+def check_same_tokens(subject: LoadedModel, baseline: LoadedModel, ids: torch.Tensor) -> None:
     """DataError unless both tokenizers read the same text off the same tokens."""
     tokens = ids.tolist()
     if subject.tokenizer.convert_ids_to_tokens(tokens) != baseline.tokenizer.convert_ids_to_tokens(tokens):

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer
 from quantlab.errors import RecipeError
 from quantlab.formats import bits as bitstream
 from quantlab.quant.grid import Grid, decode, encode, storable_scales
-from quantlab.recipe.base import KvCacheOptions
+from quantlab.registry.tasks import KvCacheOptions
 
 ROWS = 16  # codes are packed in rows of this many, which fill whole words at 2, 4 and 8 bits
 

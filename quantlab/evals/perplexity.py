@@ -21,16 +21,20 @@ from torch.nn import functional
 
 from quantlab.evals.kv_cache import Caches, logits_of
 from quantlab.evals.windows import PROTOCOL, batch_rows, load_windows, refuse_nan
-from quantlab.models.load import Subject
+from quantlab.models.load import LoadedModel
 from quantlab.progress import Progress
-from quantlab.recipe.base import PerplexityOptions
+from quantlab.registry.tasks import PerplexityOptions
 from quantlab.runs.run import TaskResult
 
 POSITIONS_AT_ONCE = 512  # converted to float32 at a time, where logits come in half precision
 
 
 def evaluate(
-    subject: Subject, options: PerplexityOptions, *, baseline: Subject | None = None, progress: Progress
+    subject: LoadedModel,
+    options: PerplexityOptions,
+    *,
+    baseline: LoadedModel | None = None,
+    progress: Progress,
 ) -> TaskResult:
     """Metrics ppl, ppl_stderr, nll, bits_per_byte, tokens, bytes, ppl_protocol, ppl_text."""
     windows = load_windows(subject, options.source, options.seq_len, options.max_tokens)

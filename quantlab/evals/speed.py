@@ -34,7 +34,7 @@ from quantlab.models.disturbance import DISTURBED
 from quantlab.models.memory import available
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Advance, Progress
-from quantlab.recipe.base import SpeedOptions
+from quantlab.registry.tasks import SpeedOptions
 from quantlab.runs.run import TaskResult
 
 KINDS = ("prefill", "decode")

@@ -82,12 +82,12 @@ class Bench:
 
         from quantlab.evals.kv_cache import Caches
         from quantlab.models.held_memory import held_bytes
-        from quantlab.models.load import load_subject, packed_as
-        from quantlab.recipe.base import KvCacheOptions, SpeedOptions
+        from quantlab.models.load import load_model, packed_as
+        from quantlab.registry.tasks import KvCacheOptions, SpeedOptions
 
         asked = self.asked
         started = time.perf_counter()
-        self.subject = load_subject(
+        self.subject = load_model(
             asked["ref"],
             device=self.device,
             dtype=asked["dtype"],

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantlab.progress import Progress
-from quantlab.recipe.base import Text2SqlOptions
+from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.runs.run import VERDICTS, Sample, TaskResult
 from quantlab.stats import wilson
 from quantlab.text2sql.data.dataset import digest, id_notes, load_items

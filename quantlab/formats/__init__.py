@@ -1,17 +1,5 @@
-"""Checkpoint layouts. One file each, writer and reader together; the table names them and is read lazily.
-
-A layout module offers::
-
-    pack(codes, scales, zeros, group_of, *, bits, group_size, symmetric) -> dict[str, Tensor]   # of one linear
-    unpack(tensors, *, bits, group_size) -> (codes, scales, zeros, group_of)
-    config(layers, *, bits, group_size, symmetric, act_order, static_groups, damp, quantizer, ignore) -> dict
-    ZERO_MIN    # smallest zero it can store
-    SUFFIXES    # names a linear's tensors may have; the first one is always there
-
-``layers`` maps the full name of every quantized linear to its (bits, group_size), ``ignore`` names the linears that are
-left as they are; ``config`` returns the checkpoint's ``quantization_config``.
-
-Which layer shapes a layout can hold is in ``shapes.py``, which needs no torch.
+"""Checkpoint formats, one file each, writer and reader together. What is known of them is in
+``quantlab.registry.formats``, which says what each module offers.
 """
 
 from __future__ import annotations
@@ -19,13 +7,12 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-FORMATS: dict[str, str] = {
-    "gptq": "quantlab.formats.gptq",
-    "awq": "quantlab.formats.awq",
-    "compressed-tensors": "quantlab.formats.compressed_tensors",
-}
+from quantlab.registry.formats import FORMATS
 
 
-def layout(name: str) -> ModuleType:
-    """The module of a layout in :data:`FORMATS`."""
-    return import_module(FORMATS[name])
+def format_module(name: str) -> ModuleType:
+    """Where a format's ``pack``, ``unpack`` and ``config`` are."""
+    module = FORMATS[name].module
+    if module is None:
+        raise ValueError(f"quantlab does not pack the {name} format itself")
+    return import_module(module)

@@ -20,8 +20,6 @@ import torch
 
 from quantlab.formats import bits as bitstream
 
-ZERO_MIN = 0
-SUFFIXES = ("qweight", "qzeros", "scales")
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
 
@@ -63,9 +61,8 @@ def config(
     bits: int,
     group_size: int,
     symmetric: bool,
-    act_order: bool,
-    static_groups: bool,
-    damp: float,
+    options: Mapping[str, Any],
+    floating: bool,
     quantizer: str,
     ignore: Sequence[str],
 ) -> dict[str, Any]:

@@ -27,9 +27,6 @@ import torch
 
 from quantlab.formats import bits as bitstream
 
-ZERO_MIN = 0
-SUFFIXES = ("weight_scale", "weight_packed", "weight_shape", "weight")
-
 
 def pack(
     codes: torch.Tensor,
@@ -78,20 +75,19 @@ def config(
     bits: int,
     group_size: int,
     symmetric: bool,
-    act_order: bool,
-    static_groups: bool,
-    damp: float,
+    options: Mapping[str, Any],
+    floating: bool,
     quantizer: str,
     ignore: Sequence[str],
-    floating: bool = False,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint in this layout. ``floating``: the codes are float8_e4m3fn.
 
-    ``damp`` and ``quantizer`` have no place in it: the package means to refuse keys that it does not know.
+    ``quantizer`` and the other options have no place in it: the package means to refuse keys that it does not know.
     """
     if not symmetric:
         raise ValueError("transformers reads symmetric grids only from the compressed-tensors layout")
-    if act_order and not static_groups:
+    ordered = options.get("act_order", False) is True
+    if ordered and not options.get("static_groups", False):
         raise ValueError("the compressed-tensors layout has no room for a column order")
     kinds = sorted(set(layers.values())) or [(bits, group_size)]
     groups = {}
@@ -108,7 +104,7 @@ def config(
                 "strategy": "channel" if size == -1 else "group",
                 "group_size": None if size == -1 else size,
                 "dynamic": False,
-                "actorder": "weight" if act_order else None,
+                "actorder": "weight" if ordered else None,
             },
             "input_activations": None,
             "output_activations": None,

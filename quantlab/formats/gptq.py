@@ -10,7 +10,7 @@ For a linear of ``in`` inputs and ``out`` outputs, ``b`` bits and ``G`` groups:
 ==========  ================  ==========================================================================
 
 Readers add one to every packed field of ``qzeros`` at once, so ``zero - 1`` must not be negative: a zero of 0 would
-carry into its neighbour. Grids for this layout are therefore fitted with ``zero >= 1`` (``ZERO_MIN``).
+carry into its neighbour. Grids for this format are therefore fitted with ``zero >= 1`` (``Format.zero_min``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from typing import Any
 import torch
 
 from quantlab.formats import bits as bitstream
-
-ZERO_MIN = 1
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def pack(
@@ -62,9 +59,8 @@ def config(
     bits: int,
     group_size: int,
     symmetric: bool,
-    act_order: bool,
-    static_groups: bool,
-    damp: float,
+    options: Mapping[str, Any],
+    floating: bool,
     quantizer: str,
     ignore: Sequence[str],
 ) -> dict[str, Any]:
@@ -86,9 +82,9 @@ def config(
         "bits": bits,
         "group_size": group_size,
         "sym": symmetric,
-        "desc_act": act_order and not static_groups,
-        "static_groups": static_groups,
-        "damp_percent": damp,
+        "desc_act": options.get("act_order", False) is True and not options.get("static_groups", False),
+        "static_groups": options.get("static_groups", False),
+        "damp_percent": options.get("damp", 0.01),
         "lm_head": False,
         "true_sequential": False,
         "pack_dtype": "int32",

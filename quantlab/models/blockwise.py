@@ -8,12 +8,13 @@ experts are taken apart (``experts``), names are those of the skeleton inside an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from quantlab.errors import DataError, first_line
 from quantlab.models.experts import separate
@@ -24,7 +25,7 @@ from quantlab.models.weight_names import Names, conversions
 
 
 @dataclass
-class Call:
+class BlockInputs:
     """What a block gets besides its hidden states, recorded from one row: tensors have a first dimension of 1 (or none
     that counts rows) and are broadcast over the rows of a batch."""
 
@@ -32,7 +33,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class Opened:
+class BlockwiseModel:
     """The skeleton of a causal language model and the means to fill it piece by piece.
 
     ``prefix`` is the dotted name of the block list in the skeleton, ``stored_prefix`` the same in the files,
@@ -115,7 +116,7 @@ class Opened:
         return list(dict.fromkeys(inside + [self.names.on_disk(name) for name in inside]))
 
     @torch.no_grad()
-    def inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+    def inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, list[BlockInputs]]:
         """Run everything before the first block.
 
         Args:
@@ -182,11 +183,11 @@ class _Record:
     """Calls in order. Tensors of equal content are kept once, however many blocks get a copy of their own."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[BlockInputs] = []
         self._kept: dict[tuple[Any, ...], list[torch.Tensor]] = {}
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append(Call(self._once(args), self._once(kwargs)))
+        self.calls.append(BlockInputs(self._once(args), self._once(kwargs)))
 
     def plain(self) -> list[Any]:
         return [(call.args, call.kwargs) for call in self.calls]
@@ -305,9 +306,18 @@ def refuse_blocks(model: nn.Module, blocks: nn.ModuleList, called: str) -> None:
         raise DataError(f"{called}: the blocks of {architecture} hold no linear layers")
 
 
-def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    """One block on hidden states [rows, seq_len, hidden]; returns the same shape."""
-    out = block(hidden, *call.args, **call.kwargs)
+def run_block(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    call: BlockInputs,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """One block on hidden states [rows, seq_len, hidden]; returns the same shape. ``weights``: other values for some
+    parameters, by their names in the block."""
+    if weights:
+        out = functional_call(block, dict(weights), (hidden, *call.args), call.kwargs)
+    else:
+        out = block(hidden, *call.args, **call.kwargs)
     result = out[0] if isinstance(out, tuple) else out
     assert isinstance(result, torch.Tensor)
     return result

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.models.blockwise import Opened
+from quantlab.models.blockwise import BlockwiseModel
 
 
 @contextmanager
-def head(opened: Opened, packed: bool = False) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def head(opened: BlockwiseModel, packed: bool = False) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """A function from the hidden states after the last block [rows, seq_len, hidden] to logits [rows, seq_len,
     vocabulary]; gradients pass through it. Its weights are in memory until the context is left.
 

@@ -19,14 +19,16 @@ from quantlab.errors import DataError, MachineError, first_line
 from quantlab.models.packed_experts import separated
 from quantlab.models.precision import computed_in
 from quantlab.models.safetensors.files import ModelFiles, open_files
+from quantlab.models.safetensors.weight_files import own_format
 from quantlab.models.vocabulary import embedding_rows, refuse_beyond
+from quantlab.registry import load
 
 # gptqmodel sizes its pools for a server unless told; it reads this once, at import.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
 
 
 @dataclass
-class Subject:
+class LoadedModel:
     """A model ready to be measured. ``size_bytes`` is that of its weight files; ``params`` counts the
     original parameters, also of a quantized checkpoint."""
 
@@ -71,14 +73,14 @@ def load_tokenizer(files: ModelFiles, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_subject(
+def load_model(
     ref: str | Path,
     *,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quantization: Any = None,
-) -> Subject:
+) -> LoadedModel:
     """Load a model directory, hub id or ``embedded:<name>`` through transformers: plainly, but for quantized mixtures
     of experts, which transformers cannot read by itself (see ``packed_experts``).
 
@@ -96,6 +98,11 @@ def load_subject(
 
     extra = {"quantization_config": quantization} if quantization is not None else {}
     wanted = _dtype(files, dtype, place)
+    if own := own_format(files.config):
+        model = load(own.load or "")(files.path, wanted).to(place).eval()
+        return LoadedModel(
+            model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
+        )
     loader: Any = AutoModelForCausalLM
     if experts := separated(files, torch.float32, trust_remote_code):
         loader, extra = experts[0], extra | experts[1]
@@ -117,7 +124,7 @@ def load_subject(
         compute_bnb_in(model, wanted)
     if hasattr(model, "ct_decompress_hook"):  # unpack now, not inside the first forward that is timed
         model.hf_quantizer.compressor.decompress_model(model)
-    return Subject(
+    return LoadedModel(
         model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
     )
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.models.blockwise import Call, Opened, linears, run_block
+from quantlab.models.blockwise import BlockInputs, BlockwiseModel, linears, run_block
 
 PROBE_ROWS, PROBE_TOKENS = 8, 16
 EXPONENTS = torch.tensor([-2.0, -1.0, 1.0, 2.0])
@@ -61,14 +61,14 @@ class LinearPair:
 
 
 @dataclass(frozen=True)
-class Structure:
+class ScaleFolds:
     """What can be moved in a block. A linear is in at most one norm's ``layers`` and consumer of at most one pair."""
 
     norms: tuple[NormFold, ...] = ()
     pairs: tuple[LinearPair, ...] = ()
 
 
-def probe_inputs(opened: Opened, rows: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+def probe_inputs(opened: BlockwiseModel, rows: torch.Tensor) -> tuple[torch.Tensor, list[BlockInputs]]:
     """Hidden states and calls for :func:`structure`, from a corner of the calibration rows: the states before the first
     block serve for every block, since any input shows how a block is built."""
     return opened.inputs(rows[:PROBE_ROWS, :PROBE_TOKENS])
@@ -87,7 +87,7 @@ def signature(block: nn.Module) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
 
 
 @torch.no_grad()
-def structure(block: nn.Module, hidden: torch.Tensor, call: Call) -> Structure:
+def structure(block: nn.Module, hidden: torch.Tensor, call: BlockInputs) -> ScaleFolds:
     """Find every fold of a block.
 
     Args:
@@ -96,12 +96,12 @@ def structure(block: nn.Module, hidden: torch.Tensor, call: Call) -> Structure:
     """
     base = _Base(block, hidden, call)
     found = [_norm_fold(base, name) for name in norms(block)]
-    return Structure(tuple(f for f in found if f is not None), tuple(_pairs(base)))
+    return ScaleFolds(tuple(f for f in found if f is not None), tuple(_pairs(base)))
 
 
 @torch.no_grad()
 def fold_is_exact(
-    block: nn.Module, hidden: torch.Tensor, call: Call, norm: str, layers: Sequence[str]
+    block: nn.Module, hidden: torch.Tensor, call: BlockInputs, norm: str, layers: Sequence[str]
 ) -> bool:
     """Whether dividing the output of ``norm`` and multiplying the columns of ``layers`` leaves the block's output as
     it is. No weight is touched."""
@@ -133,7 +133,7 @@ class _Base:
 
     block: nn.Module
     hidden: torch.Tensor
-    call: Call
+    call: BlockInputs
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
 

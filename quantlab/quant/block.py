@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from quantlab.models.scale_folding import Structure
+from quantlab.models.scale_folding import ScaleFolds
 from quantlab.quant.grid import Quantized
-from quantlab.quant.hessian import Moments
+from quantlab.quant.hessian import InputHessian
 
-NOTHING = Structure()
+NOTHING = ScaleFolds()
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,47 @@ class BlockView:
     plain: every other parameter of the block, by its full name (``self_attn.q_proj.bias``).
     cache: what one solve leaves for the next on the same block (factorised Hessians), by a key that says it all; None
         where nothing comes after.
+    forward: the block itself and its inputs, for methods that need "inputs".
     """
 
     stored: Mapping[str, torch.Tensor]
-    moments: Sequence[Moments] = ()
-    structure: Structure = NOTHING
+    moments: Sequence[InputHessian] = ()
+    structure: ScaleFolds = NOTHING
     norms: Mapping[str, NormInput] = field(default_factory=dict)
     plain: Mapping[str, torch.Tensor] = field(default_factory=dict)
     cache: dict[Any, Any] | None = field(default=None, repr=False)
+    forward: BlockForward | None = field(default=None, repr=False)
+
+    def inputs(self) -> Iterator[torch.Tensor]:
+        """The calibration rows' hidden states before the block, a few rows [rows, seq_len, hidden] at a time."""
+        assert self.forward is not None, "the method's entry does not need inputs"
+        yield from self.forward.inputs()
+
+    def run(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """The block on hidden states [rows, seq_len, hidden], with other weights for some linears, by layer. Gradients
+        reach ``weights`` inside ``torch.enable_grad()``."""
+        assert self.forward is not None, "the method's entry does not need inputs"
+        return self.forward.run(hidden, weights or {})
 
     def weight(self, name: str) -> torch.Tensor:
         """A layer's weight in float32 [out, in]."""
         return self.stored[name].detach().to(torch.float32)
 
-    def stack(self, moments: Moments) -> torch.Tensor:
+    def stack(self, moments: InputHessian) -> torch.Tensor:
         """The layers of one input as one matrix [sum of out, in], float32: rows are solved independently."""
         return torch.cat([self.stored[n].detach() for n in moments.layers]).to(torch.float32)
 
-    def rows(self, moments: Moments) -> list[int]:
+    def rows(self, moments: InputHessian) -> list[int]:
         """How many rows of :meth:`stack` belong to each layer."""
         return [len(self.stored[n]) for n in moments.layers]
+
+
+class BlockForward(Protocol):
+    """The block as it is called, and what it is called with."""
+
+    def inputs(self) -> Iterator[torch.Tensor]: ...
+
+    def run(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.models.blockwise import Call, linears
-from quantlab.models.scale_folding import Structure, signature, structure
-from quantlab.quant.block import BlockView, NormInput
-from quantlab.quant.hessian import Moments
+from quantlab.models.activations import Activations
+from quantlab.models.blockwise import BlockInputs, batches, linears, run_block
+from quantlab.models.scale_folding import ScaleFolds, signature, structure
+from quantlab.quant.block import BlockForward, BlockView, NormInput
+from quantlab.quant.hessian import InputHessian
 
 
-class Structures:
+class KnownFolds:
     """The structure of each kind of block, found once on a few probing tokens."""
 
-    def __init__(self, hidden: torch.Tensor, calls: list[Call]) -> None:
+    def __init__(self, hidden: torch.Tensor, calls: list[BlockInputs]) -> None:
         self.hidden, self.calls = hidden, calls
-        self._known: dict[Any, Structure] = {}
+        self._known: dict[Any, ScaleFolds] = {}
 
-    def of(self, index: int, block: nn.Module) -> Structure:
+    def of(self, index: int, block: nn.Module) -> ScaleFolds:
         key = signature(block)
         if key not in self._known:
             self._known[key] = structure(block, self.hidden, self.calls[index])
@@ -31,17 +32,18 @@ class Structures:
 
 def view(
     block: nn.Module,
-    moments: list[Moments],
-    found: Structure | None = None,
+    moments: list[InputHessian],
+    found: ScaleFolds | None = None,
     cache: dict[Any, Any] | None = None,
     kept: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+    forward: BlockForward | None = None,
 ) -> BlockView:
     """The block as methods see it. ``found`` is its structure, where a method asks for one. ``kept`` gives a parameter
     of the block, by name, the dtype that it is stored in, where the block computes in another."""
     layers = linears(block)
     stored = {name: layer.weight.detach() for name, layer in layers.items()}
     if found is None:
-        return BlockView(stored, moments, cache=cache)
+        return BlockView(stored, moments, cache=cache, forward=forward)
     inputs = {}
     for fold in found.norms:
         module = block.get_submodule(fold.norm)
@@ -50,7 +52,7 @@ def view(
         inputs[fold.norm] = NormInput(kept(f"{fold.norm}.weight", weight.detach()), norm_offset(module))
     matrices = {f"{name}.weight" for name in layers}
     plain = {n: kept(n, p.detach()) for n, p in block.named_parameters() if n not in matrices}
-    return BlockView(stored, moments, found, inputs, plain, cache)
+    return BlockView(stored, moments, found, inputs, plain, cache, forward)
 
 
 def norm_offset(norm: nn.Module) -> float:
@@ -65,6 +67,21 @@ def norm_offset(norm: nn.Module) -> float:
         return 0.0 if torch.equal(out[0], torch.zeros_like(probe) if bias is None else bias) else 1.0
     finally:
         norm._parameters["weight"] = weight
+
+
+class CalledBlock:
+    """A block as calibration rows call it: a ``BlockForward`` over activations that still stand before the block."""
+
+    def __init__(self, block: nn.Module, call: BlockInputs, states: Activations, rows_at_once: int) -> None:
+        self.block, self.call, self.states, self.rows_at_once = block, call, states, rows_at_once
+
+    def inputs(self) -> Iterator[torch.Tensor]:
+        for part in batches(len(self.states), self.rows_at_once):
+            yield self.states.read(part)
+
+    def run(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        values = {f"{name}.weight": value.to(hidden.dtype) for name, value in weights.items()}
+        return run_block(self.block, hidden, self.call, values)
 
 
 @contextmanager

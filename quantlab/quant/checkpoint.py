@@ -16,20 +16,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from quantlab import __version__
-from quantlab.errors import DataError, MachineError, RecipeError
+from quantlab.errors import MachineError
 from quantlab.models.companions import copy_companions
 from quantlab.models.safetensors.durable import replace, sync_folder
 from quantlab.models.safetensors.files import TensorInfo, read_header
 from quantlab.models.safetensors.tensors import DTYPES, Source, in_file, in_memory, read_tensor, write_tensors
 from quantlab.paths import atomic_write_text
+from quantlab.quant.checkpoint_paths import (
+    partial_path,
+    read_object,
+    refuse_second_writer,
+    state_path,
+    this_process,
+)
 
 
 class CheckpointWriter:
@@ -46,15 +52,17 @@ class CheckpointWriter:
         self.out, self.prefix, self.blocks, self.dtype, self.key = out, prefix, blocks, dtype, dict(key)
         self.work, self.state = partial_path(out), state_path(out)
         self.exact: tuple[str, ...] = ()  # parts of the names of plain tensors that keep their dtype
+        self.own_dtype: tuple[str, ...] = ()  # ends of names of tensors whose dtype the format fixes
+        self.finished = self.work  # the directory that gets the checkpoint's name
         self.losses: dict[str, float] = {}
         whole = {**key, "version": __version__, "dtype": str(dtype), "blocks": f"{prefix} x {blocks}"}
-        _refuse_second_writer(self.state)
-        if resume and self.work.is_dir() and _read_json(self.state / "resume.json") == whole:
+        refuse_second_writer(self.state)
+        if resume and self.work.is_dir() and read_object(self.state / "resume.json") == whole:
             for leftover in [*self.work.glob("*.part"), *self.work.glob(".*.part")]:
                 leftover.unlink()
             for index in range(blocks):
                 if self.has_block(index):
-                    self.losses.update(_read_json(self._loss_file(index)) or {})
+                    self.losses.update(read_object(self._loss_file(index)) or {})
         else:
             for folder in (self.work, self.state):
                 if folder.exists():
@@ -64,7 +72,7 @@ class CheckpointWriter:
             atomic_write_text(self.state / "resume.json", json.dumps(whole))
             sync_folder(self.state)
             sync_folder(out.absolute().parent)
-        atomic_write_text(self.state / "owner.json", json.dumps(_this_process()))
+        atomic_write_text(self.state / "owner.json", json.dumps(this_process()))
 
     @property
     def scratch(self) -> Path:
@@ -134,12 +142,32 @@ class CheckpointWriter:
         copy_companions(source, self.work)
         return self.work
 
+    def export(self, write: Callable[[Path, Path], None], source: Path, config: Mapping[str, Any]) -> None:
+        """Make the checkpoint that is published of the assembled one: ``write(assembled, target)`` puts weight files of
+        its own into the directory ``target``. The assembled one stays until then, so that a killed run goes on."""
+        target = self.out.with_name(self.out.name + ".exported")
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir()
+        try:
+            write(self.work, target)
+        except OSError as error:
+            raise MachineError(
+                f"cannot write {target}: {error.strerror or error}", hint="is the disk full?"
+            ) from error
+        atomic_write_text(
+            target / "config.json", json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
+        )
+        copy_companions(source, target)
+        self.finished = target
+
     def publish(self, record: Mapping[str, Any]) -> Path:
         """Add the provenance and give the checkpoint its name."""
         atomic_write_text(
-            self.work / "quantlab.json", json.dumps(dict(record), indent=1, ensure_ascii=False) + "\n"
+            self.finished / "quantlab.json", json.dumps(dict(record), indent=1, ensure_ascii=False) + "\n"
         )
-        replace(self.work, self.out)
+        replace(self.finished, self.out)
+        shutil.rmtree(self.work, ignore_errors=True)  # what an export was made of
         shutil.rmtree(self.state, ignore_errors=True)
         return self.out
 
@@ -153,7 +181,8 @@ class CheckpointWriter:
         failed = self.out.with_name(self.out.name + ".failed")
         if failed.exists():
             shutil.rmtree(failed)
-        os.replace(self.work, failed)
+        os.replace(self.finished, failed)
+        shutil.rmtree(self.work, ignore_errors=True)
         shutil.rmtree(self.state, ignore_errors=True)
         return failed
 
@@ -164,14 +193,15 @@ class CheckpointWriter:
         """A tensor as the checkpoint holds it: plain floats in its dtype, scales and codes in their own."""
         dtype = DTYPES[tensor.dtype] if isinstance(tensor, TensorInfo) else tensor.dtype
         plain = (
-            dtype in PLAIN and not name.endswith(OWN_DTYPE) and not any(part in name for part in self.exact)
+            dtype in PLAIN
+            and not name.endswith(self.own_dtype)
+            and not any(part in name for part in self.exact)
         )
         wanted = self.dtype if plain else dtype
         return in_file(tensor, wanted) if isinstance(tensor, TensorInfo) else in_memory(tensor, wanted)
 
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OWN_DTYPE = ".scales"  # the gptq and awq layouts fix the type of their scales
 
 
 def _write(path: Path, tensors: Mapping[str, Source]) -> None:
@@ -186,62 +216,3 @@ def _write(path: Path, tensors: Mapping[str, Source]) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-
-
-def partial_path(out: Path) -> Path:
-    """Where a checkpoint lives until it is complete."""
-    return out.with_name(out.name + ".partial")
-
-
-def state_path(out: Path) -> Path:
-    """Where what is needed to go on lives until then."""
-    return out.with_name(out.name + ".state")
-
-
-def tidy(out: Path) -> None:
-    """Remove the state that a run left which was killed between naming its checkpoint and removing it."""
-    if out.is_dir() and not partial_path(out).exists() and state_path(out).is_dir():
-        _refuse_second_writer(state_path(out))
-        shutil.rmtree(state_path(out), ignore_errors=True)
-
-
-def claim(out: Path) -> None:
-    """Refuse an output directory that holds something this run did not make.
-
-    Raises:
-        RecipeError: ``out`` exists and is not empty. DataError: it is a file.
-    """
-    if out.is_file():
-        raise DataError(f"{out} is a file", hint="name a directory for the checkpoint")
-    if out.is_dir() and any(out.iterdir()):
-        raise RecipeError(f"{out} already holds something", hint="name another --out, or remove it first")
-    if out.is_dir():
-        out.rmdir()
-
-
-def _this_process() -> dict[str, float]:
-    return {"pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def _refuse_second_writer(state: Path) -> None:
-    """Two runs on one checkpoint would take each other's files for their own."""
-    owner = _read_json(state / "owner.json")
-    if owner is None or owner.get("pid") == os.getpid():
-        return
-    try:
-        alive = psutil.Process(int(owner["pid"]))
-        if alive.create_time() == owner["started"] and alive.status() != psutil.STATUS_ZOMBIE:
-            raise MachineError(
-                f"{state} is in use by process {owner['pid']}", hint="wait for it, or name another --out"
-            )
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is none, or not a whole one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -56,7 +56,7 @@ def mirror(hessian: torch.Tensor) -> None:
 
 
 @dataclass
-class Moments:
+class InputHessian:
     """Statistics of one input. ``layers`` are the linears that share it; ``tokens`` how many were seen. Sums until
     :meth:`finish`, means after."""
 
@@ -66,7 +66,7 @@ class Moments:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, layer: str, size: int, device: torch.device | str = "cpu") -> Moments:
+    def empty(cls, layer: str, size: int, device: torch.device | str = "cpu") -> InputHessian:
         """Nothing seen yet, for inputs of ``size`` channels."""
         return cls([layer], torch.zeros(size, size, device=device), torch.zeros(size, device=device))
 
@@ -80,7 +80,7 @@ class Moments:
             self.magnitude += (flat.abs() if flat is part else flat.abs_()).sum(dim=0)
             self.tokens += flat.shape[0]
 
-    def finish(self) -> Moments:
+    def finish(self) -> InputHessian:
         """Turn sums into means and fill the upper half, once."""
         if self.tokens:
             self.hessian /= self.tokens
@@ -89,22 +89,22 @@ class Moments:
         return self
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """A block's last linear has seen its input: what it would still compute is not needed."""
 
 
 @dataclass
 class Collector:
-    """Hooks on the linears of a block that gather :class:`Moments` while it runs. Use as a context manager.
+    """Hooks on the linears of a block that gather :class:`InputHessian` while it runs. Use as a context manager.
 
     Layers that are never reached (an expert that no token was routed to) get an entry of zero tokens. With
     ``inputs_only`` nobody wants the block's output: where the first forward called each linear once, later ones end
-    with :class:`Enough` at the one that came last.
+    with :class:`StopForward` at the one that came last.
     """
 
     layers: Mapping[str, nn.Linear]
     inputs_only: bool = False
-    moments: dict[str, Moments] = field(default_factory=dict)  # by the first layer of each group
+    moments: dict[str, InputHessian] = field(default_factory=dict)  # by the first layer of each group
     leader: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class Collector:
             if self._called is not None:
                 self._called.append(name)
             if name == self._last:
-                raise Enough
+                raise StopForward
 
         def account(x: torch.Tensor) -> None:
             known = self._current.get(id(x))  # the tensor is kept alive with its id, so ids cannot be reused
@@ -150,14 +150,14 @@ class Collector:
             self._current[id(x)] = (x, name)
             self.leader.setdefault(name, name)
             if name not in self.moments:
-                self.moments[name] = Moments.empty(name, x.shape[-1], x.device)
+                self.moments[name] = InputHessian.empty(name, x.shape[-1], x.device)
             self.moments[name].add(x)
 
         return seen
 
-    def finish(self) -> list[Moments]:
+    def finish(self) -> list[InputHessian]:
         """The gathered statistics, one entry a distinct input."""
         for name, layer in self.layers.items():
             if name not in self.leader:
-                self.moments[name] = Moments.empty(name, layer.weight.shape[1], layer.weight.device)
+                self.moments[name] = InputHessian.empty(name, layer.weight.shape[1], layer.weight.device)
         return [m.finish() for m in self.moments.values()]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from quantlab.errors import DataError, MachineError
 from quantlab.models.safetensors.durable import replace
 from quantlab.paths import atomic_write_text
-from quantlab.quant.hessian import Moments, mirror, strips
+from quantlab.quant.hessian import InputHessian, mirror, strips
 
 MANIFEST = "statistics.json"
 
@@ -72,7 +72,7 @@ class StatisticsStore:
             )
         return store
 
-    def save(self, index: int, moments: Sequence[Moments]) -> None:
+    def save(self, index: int, moments: Sequence[InputHessian]) -> None:
         """Keep the finished statistics of a block."""
         tensors, described = {}, []
         for number, m in enumerate(moments):
@@ -90,7 +90,7 @@ class StatisticsStore:
                 f"cannot write {self._file(index)}: {error}", hint="is the disk full?"
             ) from error
 
-    def load(self, index: int, device: torch.device | str = "cpu") -> list[Moments]:
+    def load(self, index: int, device: torch.device | str = "cpu") -> list[InputHessian]:
         """The statistics of a block.
 
         Raises:
@@ -101,7 +101,7 @@ class StatisticsStore:
             with safe_open(self._file(index), framework="pt", device=str(device)) as stream:
                 for number, entry in enumerate(json.loads(stream.metadata()["moments"])):
                     magnitude = stream.get_tensor(f"{number}.magnitude")
-                    m = Moments.empty(entry["layers"][0], len(magnitude), magnitude.device)
+                    m = InputHessian.empty(entry["layers"][0], len(magnitude), magnitude.device)
                     for k, strip in enumerate(strips(len(magnitude))):
                         m.hessian[strip, : strip.stop] = stream.get_tensor(f"{number}.hessian.{k}")
                     mirror(m.hessian)

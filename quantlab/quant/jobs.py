@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError, MachineError, RecipeError
-from quantlab.formats.shapes import common_group_sizes, refuse, widths
 from quantlab.models.refusals import refuse_unfit, refuse_unusable
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import common_group_sizes, fitting_widths, misfit
+from quantlab.registry.methods import METHODS
 
-BITSANDBYTES = ("bnb-int8", "bnb-fp4", "bnb-nf4")
 HEADROOM = 64 * 2**20  # bytes of disk kept free beyond the estimate
 
 
@@ -41,7 +41,7 @@ class Outcome:
     widths: dict[str, Any] = field(default_factory=dict)
 
 
-def check(recipe: QuantizeRecipe, model: str, out: Path | None = None) -> None:
+def check(recipe: QuantizeRecipe, model: str | ModelFiles, out: Path | None = None) -> None:
     """Refuse, from file headers alone, what cannot work. ``out`` is where the checkpoint would go.
 
     Raises:
@@ -49,30 +49,32 @@ def check(recipe: QuantizeRecipe, model: str, out: Path | None = None) -> None:
         DataError: the model's files are bad, it is of a kind that cannot be used (see ``models.refusals``), or it is
             quantized already. MachineError: too little disk.
     """
-    files = open_files(model)
+    files = model if isinstance(model, ModelFiles) else open_files(model)
     refuse_unusable(files)
     if recipe.method == "none":
         return
     if files.quantized is not None:
         kind = files.quantized.get("quant_method", "some method")
-        raise DataError(f"{model} is already quantized ({kind})", hint="give the original model")
-    if recipe.method not in BITSANDBYTES:
+        raise DataError(f"{files.name} is already quantized ({kind})", hint="give the original model")
+    if not METHODS[recipe.method].whole:
         refuse_unfit(files)
     if out is not None:
         _check_disk(recipe, out, files)
-    if recipe.method in BITSANDBYTES:
+    if METHODS[recipe.method].whole:
         return
     linears = files.block_linears()
     for name, (out_features, in_features) in linears.items():
-        if recipe.bits == "auto" and widths(recipe.format, recipe.group_size, in_features, out_features):
+        if recipe.bits == "auto" and fitting_widths(
+            recipe.format, recipe.group_size, in_features, out_features
+        ):
             continue
         bits = recipe.widths[-1] if recipe.bits == "auto" else recipe.bits
-        reason = refuse(recipe.format, bits, recipe.group_size, in_features, out_features)
+        reason = misfit(recipe.format, bits, recipe.group_size, in_features, out_features)
         if reason is None:
             continue
         common = common_group_sizes({width for _, width in linears.values()})
         hint = f"for every layer of this model: group_size {', '.join(map(str, common))}" if common else ""
-        raise RecipeError(f"{model}: layer {name} does not fit: {reason}", hint=hint)
+        raise RecipeError(f"{files.name}: layer {name} does not fit: {reason}", hint=hint)
 
 
 def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
@@ -88,11 +90,10 @@ def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
     return int(matrices * codes / 8 + rest * 4)
 
 
-def group_key(recipe: QuantizeRecipe) -> str:
-    """Recipes with equal keys can share one walk through the model."""
-    if not recipe.needs_calibration:
-        return f"no data, {recipe.dtype}"
-    return f"{recipe.calibration.model_dump_json()}, {recipe.dtype}"
+def group_key(recipe: QuantizeRecipe) -> tuple[str, str]:
+    """(calibration, dtype): recipes with equal keys can share one pass through the model. The calibration is empty
+    where a method does without."""
+    return recipe.calibration.model_dump_json() if recipe.needs_calibration else "", recipe.dtype
 
 
 def _check_disk(recipe: QuantizeRecipe, out: Path, files: ModelFiles) -> None:

@@ -1,7 +1,10 @@
-"""Recipes to checkpoints: one walk through the model for all recipes that can share it.
+"""Recipes to checkpoints: one calibration pass for all recipes that can share it.
 
-``quantize`` groups recipes that share calibration rows, so that several recipes cost one pass; bitsandbytes recipes go
-through its own library, one after the other. What can be refused beforehand is in ``jobs.py``.
+``quantize`` groups recipes that share calibration rows, so that several recipes cost one pass; methods of a library
+with a storage of its own go one after the other. What can be refused beforehand is in ``jobs.py``.
+
+A group goes through four steps: prepare (open the model, draw the rows), solve (``sequential``), assemble, and verify
+and publish, each a function here.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +22,20 @@ from quantlab import __version__
 from quantlab.errors import DataError, MachineError, RecipeError
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.progress import Progress
-from quantlab.quant import FOLDING
-from quantlab.quant.jobs import BITSANDBYTES, Job, Outcome, check, group_key
+from quantlab.quant.jobs import Job, Outcome, check, group_key
 from quantlab.recipe.base import Calibration
-from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry import load
+from quantlab.registry.formats import FORMATS
+from quantlab.registry.methods import METHODS
 
 if TYPE_CHECKING:
     import torch
 
-    from quantlab.models.blockwise import Opened
+    from quantlab.models.blockwise import BlockwiseModel
     from quantlab.quant.mixed_precision.choose import Choice
-    from quantlab.quant.sequential import Plan, Walk
-    from quantlab.quant.verify.reference_logits import Probe
+    from quantlab.quant.sequential import Plan, SequentialPass
+    from quantlab.quant.verify.reference_logits import ReferencePass
+    from quantlab.quant.verify.reload import FreshProcess, Verification
 
 __all__ = ["Job", "Outcome", "Settings", "check", "quantize"]
 
@@ -40,8 +46,8 @@ class Settings:
 
     memory_limit: bytes of resident memory to stay below; activations then lie in files, and freed memory is given back
         at once. None takes what is fastest.
-    save_statistics: where to keep the statistics. statistics: where they are, from an earlier run.
-    prove: reload every finished checkpoint in a fresh process and compare its logits with what was intended.
+    save_statistics: where to keep the Hessians. statistics: where they are, from an earlier run.
+    prove: reload every finished checkpoint in a fresh process and compare its logits with the reference.
     """
 
     device: str = "auto"
@@ -54,87 +60,92 @@ class Settings:
 
 
 def quantize(
-    jobs: Sequence[Job], model: str, *, progress: Progress, settings: Settings | None = None, **changes: Any
+    jobs: Sequence[Job],
+    model: str | ModelFiles,
+    *,
+    progress: Progress,
+    settings: Settings | None = None,
+    **changes: Any,
 ) -> list[Outcome]:
     """Apply every job to one model. Jobs whose calibration is the same share one pass over it.
 
     Args:
+        model: a reference, or its files where they were opened already.
         settings: how; ``changes`` are single fields of it.
 
     Returns:
-        One outcome a job, in order.
+        One outcome for each job, in order.
 
     Raises:
         QuantlabError: as :func:`check`, and for bad calibration data; blocks already written stay, for ``resume``.
     """
     from quantlab.models.finite import refuse_nonfinite
     from quantlab.models.load import pick_device
-    from quantlab.quant.checkpoint import claim
+    from quantlab.quant.checkpoint_paths import claim
 
     chosen = settings or Settings(**changes)
-    files = open_files(model)
+    files = model if isinstance(model, ModelFiles) else open_files(model)
     for job in jobs:
-        check(job.recipe, model, job.out)
+        check(job.recipe, files, job.out)
         if job.recipe.method != "none":
             claim(job.out)
     if any(job.recipe.method != "none" for job in jobs):
         refuse_nonfinite(files)
-    place = pick_device(chosen.device)
+    device = pick_device(chosen.device)
     outcomes: dict[int, Outcome] = {}
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     for i, job in enumerate(jobs):
-        if job.recipe.method == "none":
-            outcomes[i] = Outcome(job, None)
-        elif job.recipe.method in BITSANDBYTES:
-            outcomes[i] = _bitsandbytes(job, files, place, progress, chosen.trust_remote_code)
-        else:
+        method = METHODS[job.recipe.method]
+        if method.whole:
+            outcomes[i] = _whole_model(job, files, device, progress, chosen.trust_remote_code)
+        elif method.solve:
             groups.setdefault(group_key(job.recipe), []).append(i)
+        else:
+            outcomes[i] = Outcome(job, None)
     # Recipes without a need for data ride along with the first group that has one.
-    for key in [k for k in groups if k.startswith("no data") and len(groups) > 1]:
-        dtype = key.removeprefix("no data")
-        other = next((k for k in groups if not k.startswith("no data") and k.endswith(dtype)), None)
+    for key in [key for key in groups if not key[0]]:
+        other = next((other for other in groups if other[0] and other[1] == key[1]), None)
         if other is not None:
             groups[other] += groups.pop(key)
     if len(groups) > 1 and (chosen.save_statistics or chosen.statistics):
         raise RecipeError(
-            "these recipes differ in calibration or dtype, so there is no one set of statistics for them",
+            "these recipes differ in calibration or dtype, so there is no one set of Hessians for them",
             hint="quantize them one after the other",
         )
     for members in groups.values():
-        done = _Run([jobs[i] for i in members], files, place, progress, chosen).outcomes()
+        done = _quantize_group([jobs[i] for i in members], files, device, progress, chosen)
         outcomes.update(zip(members, done, strict=True))
     return [outcomes[i] for i in range(len(jobs))]
 
 
-def _bitsandbytes(
+def _whole_model(
     job: Job, files: ModelFiles, device: str, progress: Progress, trust_remote_code: bool
 ) -> Outcome:
+    """Let a library quantize and save the model."""
     from safetensors import SafetensorError
 
     from quantlab.models.blockwise import dtype_of
     from quantlab.models.companions import copy_companions
-    from quantlab.quant.checkpoint import partial_path
-    from quantlab.quant.methods.bnb import quantize_bnb
+    from quantlab.quant.checkpoint_paths import partial_path
 
     started = time.perf_counter()
+    method, library = METHODS[job.recipe.method], METHODS[job.recipe.method].requires[-1]
     work = partial_path(job.out)
     if work.exists():
         shutil.rmtree(work)
-    with progress.task(f"{job.name}: bitsandbytes", total=1) as advance:
+    with progress.task(f"{job.name}: {library}", total=1) as advance:
         try:
-            quantize_bnb(
+            load(method.whole or "")(
                 files.name,
                 work,
                 job.recipe.method,
-                double_quant=job.recipe.double_quant,
                 dtype=dtype_of(files, job.recipe.dtype),
                 device=device,
                 trust_remote_code=trust_remote_code,
+                **job.recipe.options().model_dump(),
             )
         except ImportError as error:
-            raise MachineError(
-                f"bitsandbytes cannot be used: {error}", hint="pip install bitsandbytes"
-            ) from error
+            raise MachineError(f"{library} cannot be used: {error}", hint=f"pip install {library}") from error
         except (OSError, SafetensorError) as error:
             raise MachineError(f"cannot write {work}: {error}", hint="is the disk full?") from error
         copy_companions(files.path, work)
@@ -148,165 +159,235 @@ def _bitsandbytes(
     return Outcome(job, job.out, seconds)
 
 
-class _Run:
-    """One walk through the model for jobs that share their calibration."""
+@dataclass
+class _Group:
+    """Jobs that share their calibration, and what they are solved with. ``plans``: one for each job, or one for every
+    width where the recipe leaves the widths open."""
 
-    def __init__(
-        self, jobs: Sequence[Job], files: ModelFiles, device: str, progress: Progress, settings: Settings
-    ) -> None:
-        from quantlab.models.blockwise import Opened, dtype_of
-        from quantlab.models.memory import map_large, resident
-        from quantlab.models.precision import computed_in
+    jobs: Sequence[Job]
+    files: ModelFiles
+    opened: BlockwiseModel
+    rows: torch.Tensor | None  # calibration token ids [rows, seq_len]
+    calibration: Mapping[str, Any]
+    settings: Settings
+    progress: Progress
+    probe: ReferencePass | None
+    plans: list[list[Plan]] = field(default_factory=list)
+    open_plans: dict[str, Plan] = field(default_factory=dict)  # of jobs that leave the widths open
 
-        if settings.memory_limit is not None:
-            map_large()
-        self.started, self.resident = time.perf_counter(), resident()
-        self.jobs, self.files, self.progress, self.settings = jobs, files, progress, settings
-        stored = dtype_of(files, jobs[0].recipe.dtype)
-        self.opened = Opened(
-            files, device, computed_in(stored, device), settings.trust_remote_code, stored=stored
+    @property
+    def sharing(self) -> list[str]:
+        """Names of the jobs that are solved from the same pass."""
+        return [j.name for j in self.jobs if j.recipe.needs_calibration and j.recipe.propagate == "original"]
+
+
+@dataclass
+class _Finished:
+    """A job's outcome, and the plan whose checkpoint is assembled."""
+
+    outcome: Outcome
+    plan: Plan
+
+
+def _quantize_group(
+    jobs: Sequence[Job], files: ModelFiles, device: str, progress: Progress, settings: Settings
+) -> list[Outcome]:
+    from quantlab.models.memory import map_large, resident
+
+    if settings.memory_limit is not None:
+        map_large()
+    started, before = time.perf_counter(), resident()
+    with _reloader(jobs, settings) as reloader:
+        group = _prepare(jobs, files, device, progress, settings)
+        forecasts = _forecasts(group) if settings.prove else []
+        walk = _solve(group)
+        solving = sum(plan.seconds for several in group.plans for plan in several)
+        common = time.perf_counter() - started - solving
+        finished = [
+            _assemble_job(group, job, several, walk, common)
+            for job, several in zip(jobs, group.plans, strict=True)
+        ]
+        _verify_and_publish(group, finished, forecasts, before, reloader)
+    return [one.outcome for one in finished]
+
+
+def _reloader(jobs: Sequence[Job], settings: Settings) -> AbstractContextManager[FreshProcess | None]:
+    """The process that validates the checkpoints, started now: it imports libraries while blocks are solved. None where
+    nothing is validated, or memory is short."""
+    if not settings.prove or settings.memory_limit is not None:
+        return nullcontext()
+    from quantlab.quant.verify.reload import FreshProcess
+
+    return FreshProcess({job.recipe.format for job in jobs})
+
+
+def _prepare(
+    jobs: Sequence[Job], files: ModelFiles, device: str, progress: Progress, settings: Settings
+) -> _Group:
+    """Open the model's skeleton, draw the calibration rows, and make the plans."""
+    from quantlab.models.blockwise import BlockwiseModel, dtype_of
+    from quantlab.models.precision import computed_in
+    from quantlab.quant.mixed_precision.choose import width_plans
+    from quantlab.quant.verify.reference_logits import ReferencePass, probe_rows
+
+    stored = dtype_of(files, jobs[0].recipe.dtype)
+    trust = settings.trust_remote_code
+    opened = BlockwiseModel(files, device, computed_in(stored, device), trust, stored=stored)
+    rows, calibration = calibration_rows(jobs, files, trust)
+    probe = None
+    if settings.prove:
+        short = probe_rows(rows, int(opened.config.vocab_size))
+        probe = ReferencePass(files, short, str(opened.device), plain_dtype(opened), trust)
+    group = _Group(jobs, files, opened, rows, calibration, settings, progress, probe)
+    for job in jobs:
+        plan = make_plan(job, files, opened, calibration, settings.resume)
+        if job.recipe.bits == "auto":
+            group.open_plans[job.name] = plan
+            group.plans.append(width_plans(plan, job.recipe.widths, resume=settings.resume))
+        else:
+            group.plans.append([plan])
+    return group
+
+
+def _forecasts(group: _Group) -> list[dict[str, Any]]:
+    """What each job should take, to be set beside what it took."""
+    from quantlab.quant.estimate.forecast import together
+    from quantlab.quant.estimate.machine_speed import measure
+
+    device, spilled = group.opened.device.type, group.settings.memory_limit is not None
+    rates = measure(device, group.opened.dtype)
+    recipes = [job.recipe for job in group.jobs]
+    found, _ = together(recipes, group.files, rates, device=device, spilled=spilled)
+    return [one.record() for one in found]
+
+
+def _solve(group: _Group) -> SequentialPass:
+    """Solve every plan, block by block."""
+    from quantlab.quant.sequential import quantize_blocks
+
+    progress = group.progress
+    if group.rows is not None:
+        size, source = f"{group.rows.shape[0]} x {group.rows.shape[1]} tokens", group.calibration["source"]
+        sharing = group.sharing
+        shared = f"shared by {', '.join(sharing)}" if len(sharing) > 1 else f"for {group.jobs[0].name}"
+        progress.note(f"one calibration pass ({size}, {source}) {shared}")
+    walk = _open_walk(group, [plan for several in group.plans for plan in several])
+    try:
+        quantize_blocks(group.opened, walk, progress)
+    except ValueError as error:  # a solver refuses its Hessian
+        raise DataError(f"{group.files.name}: {error}") from error
+    if walk.unreached:
+        names = ", ".join(walk.unreached[:3]) + (", ..." if len(walk.unreached) > 3 else "")
+        progress.note(
+            f"no calibration token reached {len(walk.unreached)} layers, rounded to nearest: {names}"
         )
-        self.rows, self.calibration = calibration_rows(jobs, files, settings.trust_remote_code)
-        self.probe = self._probe() if settings.prove else None
-        self.forecasts = self._forecasts() if settings.prove else []
-        self.settled: dict[str, Plan] = {}  # the plans of jobs that leave the widths open
+    return walk
 
-    def _probe(self) -> Probe:
-        from quantlab.quant.verify.reference_logits import Probe, probe_rows
 
-        opened, settings = self.opened, self.settings
-        rows = probe_rows(self.rows, int(opened.config.vocab_size))
-        return Probe(self.files, rows, str(opened.device), plain_dtype(opened), settings.trust_remote_code)
+def _open_walk(group: _Group, plans: Sequence[Plan]) -> SequentialPass:
+    from quantlab.quant.hessian_store import StatisticsStore
+    from quantlab.quant.sequential import open_pass
 
-    def _forecasts(self) -> list[dict[str, Any]]:
-        """What each job should take, to be set beside what it took."""
-        from quantlab.quant.estimate.forecast import together
-        from quantlab.quant.estimate.machine_speed import measure
+    key = {"model": group.files.digest, "calibration": str(group.calibration.get("digest", ""))}
+    blocks, settings = len(group.opened.blocks), group.settings
+    keep = reuse = None
+    if settings.save_statistics is not None:
+        keep = StatisticsStore.make(settings.save_statistics, blocks, key)
+    if settings.statistics is not None:
+        reuse = StatisticsStore.open(settings.statistics, blocks, key)
+    spill = plans[0].writer.scratch / "activations" if settings.memory_limit else None
+    return open_pass(
+        group.opened, group.rows, plans, spill=spill, key=key, probe=group.probe, keep=keep, reuse=reuse
+    )
 
-        device, spilled = self.opened.device.type, self.settings.memory_limit is not None
-        rates = measure(device, self.opened.dtype)
-        recipes = [job.recipe for job in self.jobs]
-        found, _ = together(recipes, self.files, rates, device=device, spilled=spilled)
-        return [one.record() for one in found]
 
-    def outcomes(self) -> list[Outcome]:
-        """Solve, assemble, prove, publish."""
-        from quantlab.quant.sequential import quantize_blocks
+def _assemble_job(
+    group: _Group, job: Job, several: Sequence[Plan], walk: SequentialPass, common: float
+) -> _Finished:
+    """The finished checkpoint of a job, still under its temporary name. ``common``: seconds that all jobs took
+    together."""
+    started, plan = time.perf_counter(), several[0]
+    choice = _choose_widths(group, job, several, walk) if job.recipe.bits == "auto" else None
+    if choice is not None:
+        plan = choice.plan
+    assemble(plan, job, group.files, group.opened, choice.widths if choice else None)
+    outcome = Outcome(
+        job,
+        job.out,
+        # about what this recipe alone would have taken
+        common + sum(p.seconds for p in several) + time.perf_counter() - started,
+        len(group.sharing) > 1 and job.name in group.sharing,
+        dict(group.calibration),
+        dict(sorted(plan.writer.losses.items())),
+        choice.record() if choice else {},
+    )
+    return _Finished(outcome, plan)
 
-        jobs, progress = self.jobs, self.progress
-        made = [self._plans(job) for job in jobs]
-        sharing = [j.name for j in jobs if j.recipe.needs_calibration and j.recipe.propagate == "original"]
-        if self.rows is not None:
-            size, source = f"{self.rows.shape[0]} x {self.rows.shape[1]} tokens", self.calibration["source"]
-            shared = f"shared by {', '.join(sharing)}" if len(sharing) > 1 else f"for {jobs[0].name}"
-            progress.note(f"one calibration pass ({size}, {source}) {shared}")
-        plans = [plan for several in made for plan in several]
-        walk = self._walk(plans)
-        try:
-            quantize_blocks(self.opened, walk, progress)
-        except ValueError as error:  # a solver refuses its statistics
-            raise DataError(f"{self.files.name}: {error}") from error
-        if walk.unreached:
-            names = ", ".join(walk.unreached[:3]) + (", ..." if len(walk.unreached) > 3 else "")
-            progress.note(
-                f"no calibration token reached {len(walk.unreached)} layers, rounded to nearest: {names}"
+
+def _choose_widths(group: _Group, job: Job, solved: Sequence[Plan], walk: SequentialPass) -> Choice:
+    from quantlab.quant.mixed_precision.choose import choose
+
+    opened, folds = group.opened, walk.structures
+    found = [folds.of(i, block) for i, block in enumerate(opened.blocks)] if folds else []
+    assert group.rows is not None and job.recipe.target_bits is not None
+    return choose(
+        group.open_plans[job.name], solved, opened, group.files, group.rows, job.recipe.target_bits,
+        group.probe, group.progress, found if "folds" in METHODS[job.recipe.method].needs else [],
+    )  # fmt: skip
+
+
+def _verify_and_publish(
+    group: _Group,
+    finished: Sequence[_Finished],
+    forecasts: Sequence[Mapping[str, Any]],
+    before: int,
+    reloader: FreshProcess | None,
+) -> None:
+    """Reload the assembled checkpoints, all in one fresh process, compare, and give them their names. ``before``: bytes
+    resident before the group began."""
+    from quantlab.models.memory import peak_resident
+    from quantlab.quant.estimate.forecast import actual
+    from quantlab.quant.verify.reload import raise_if_failed
+
+    proofs = _proofs(group, finished, reloader)
+    for i, (one, proof) in enumerate(zip(finished, proofs, strict=True)):
+        outcome, writer = one.outcome, one.plan.writer
+        if proof is not None and not proof.passed:
+            raise_if_failed(proof, outcome.job.name, writer.fail())
+        record = provenance_record(outcome.job, group.files, group.calibration, outcome.seconds)
+        record |= {"shared_calibration": outcome.shared_calibration, "loss": outcome.loss}
+        if outcome.widths:
+            record["widths"] = outcome.widths
+        if proof is not None:
+            size = sum(file.stat().st_size for file in open_files(writer.finished).weight_files)
+            took = actual(size, peak_resident() - before, outcome.seconds)
+            record |= {"proof": proof.record(), "forecast": forecasts[i], "actual": took}
+        writer.publish(record)
+
+
+def _proofs(
+    group: _Group, finished: Sequence[_Finished], reloader: FreshProcess | None
+) -> list[Verification | None]:
+    from quantlab.quant.verify.reload import Check, verify
+
+    if group.probe is None:
+        return [None] * len(finished)
+    claims = []
+    for one in finished:
+        assert one.plan.probe is not None
+        logits = group.probe.logits(one.plan.probe)
+        claims.append(Check(one.plan.writer.finished, logits, one.outcome.job.name))
+    with group.progress.task("reloading what was written"):
+        return list(
+            verify(
+                claims,
+                group.probe.rows,
+                device=str(group.opened.device),
+                memory_limit=group.settings.memory_limit,
+                trust_remote_code=group.settings.trust_remote_code,
+                ready=reloader,
             )
-        common = time.perf_counter() - self.started - sum(plan.seconds for plan in plans)
-        outcomes = []
-        for job, several in zip(jobs, made, strict=True):
-            plan, started, choice = several[0], time.perf_counter(), None
-            if job.recipe.bits == "auto":
-                choice = self._chosen(job, several, walk)
-                plan = choice.plan
-            assemble(plan, job, self.files, self.opened, choice.widths if choice else None)
-            outcomes.append(
-                Outcome(
-                    job,
-                    job.out,
-                    # about what this recipe alone would have taken
-                    common + sum(p.seconds for p in several) + time.perf_counter() - started,
-                    len(sharing) > 1 and job.name in sharing,
-                    self.calibration,
-                    dict(sorted(plan.writer.losses.items())),
-                    choice.record() if choice else {},
-                )
-            )
-            several[0] = plan
-        self._publish(outcomes, [several[0] for several in made])
-        return outcomes
-
-    def _plans(self, job: Job) -> list[Plan]:
-        """One plan, or with ``bits: auto`` one for every width."""
-        from quantlab.quant.mixed_precision.choose import width_plans
-
-        resume = self.settings.resume
-        plan = make_plan(job, self.files, self.opened, self.calibration, resume)
-        if job.recipe.bits != "auto":
-            return [plan]
-        self.settled[job.name] = plan
-        return width_plans(plan, job.recipe.widths, resume=resume)
-
-    def _chosen(self, job: Job, solved: Sequence[Plan], walk: Walk) -> Choice:
-        from quantlab.quant.mixed_precision.choose import choose
-
-        opened, folds = self.opened, walk.structures
-        found = [folds.of(i, block) for i, block in enumerate(opened.blocks)] if folds else []
-        assert self.rows is not None and job.recipe.target_bits is not None
-        return choose(
-            self.settled[job.name], solved, opened, self.files, self.rows, job.recipe.target_bits,
-            self.probe, self.progress, found if job.recipe.method in FOLDING else [],
-        )  # fmt: skip
-
-    def _walk(self, plans: Sequence[Plan]) -> Walk:
-        from quantlab.quant.hessian_store import StatisticsStore
-        from quantlab.quant.sequential import open_walk
-
-        key = {"model": self.files.digest, "calibration": str(self.calibration.get("digest", ""))}
-        blocks, settings = len(self.opened.blocks), self.settings
-        keep = reuse = None
-        if settings.save_statistics is not None:
-            keep = StatisticsStore.make(settings.save_statistics, blocks, key)
-        if settings.statistics is not None:
-            reuse = StatisticsStore.open(settings.statistics, blocks, key)
-        spill = plans[0].writer.scratch / "activations" if settings.memory_limit else None
-        return open_walk(
-            self.opened, self.rows, plans, spill=spill, key=key, probe=self.probe, keep=keep, reuse=reuse
         )
-
-    def _publish(self, outcomes: Sequence[Outcome], plans: Sequence[Plan]) -> None:
-        """Prove the assembled checkpoints, all in one fresh process, and give them their names."""
-        from quantlab.models.memory import peak_resident
-        from quantlab.quant.estimate.forecast import actual
-        from quantlab.quant.verify.reload import Claim, Proof, prove, require
-
-        proofs: list[Proof | None] = [None] * len(plans)
-        if self.probe is not None:
-            claims = []
-            for outcome, plan in zip(outcomes, plans, strict=True):
-                assert plan.probe is not None
-                claims.append(Claim(plan.writer.work, self.probe.logits(plan.probe), outcome.job.name))
-            with self.progress.task("reloading what was written"):
-                proofs = list(
-                    prove(
-                        claims,
-                        self.probe.rows,
-                        device=str(self.opened.device),
-                        memory_limit=self.settings.memory_limit,
-                        trust_remote_code=self.settings.trust_remote_code,
-                    )
-                )
-        for i, (outcome, plan, proof) in enumerate(zip(outcomes, plans, proofs, strict=True)):
-            if proof is not None and not proof.passed:
-                require(proof, outcome.job.name, plan.writer.fail())
-            record = provenance_record(outcome.job, self.files, self.calibration, outcome.seconds)
-            record |= {"shared_calibration": outcome.shared_calibration, "loss": outcome.loss}
-            if outcome.widths:
-                record["widths"] = outcome.widths
-            if proof is not None:
-                size = sum(file.stat().st_size for file in plan.writer.work.glob("*.safetensors"))
-                took = actual(size, peak_resident() - self.resident, outcome.seconds)
-                record |= {"proof": proof.record(), "forecast": self.forecasts[i], "actual": took}
-            plan.writer.publish(record)
 
 
 def calibration_rows(
@@ -333,67 +414,62 @@ def calibration_rows(
 
 
 def make_plan(
-    job: Job, files: ModelFiles, opened: Opened, calibration: Mapping[str, Any], resume: bool
+    job: Job, files: ModelFiles, opened: BlockwiseModel, calibration: Mapping[str, Any], resume: bool
 ) -> Plan:
     """A job as the engine needs it. With ``bits: auto`` the grid is that of the widest codes."""
-    from quantlab.formats import layout
     from quantlab.quant.checkpoint import CheckpointWriter
     from quantlab.quant.grid import Grid
     from quantlab.quant.sequential import Plan
 
-    recipe, dtype = job.recipe, plain_dtype(opened)
+    recipe, dtype, held = job.recipe, plain_dtype(opened), FORMATS[job.recipe.format]
     key = {
         "recipe": recipe.digest(),
         "model": files.digest,
         "calibration": str(calibration.get("digest", "")),
     }
     writer = CheckpointWriter(job.out, opened.stored_prefix, len(opened.blocks), dtype, key, resume=resume)
-    writer.exact = opened.exact
-    grid = Grid(max(recipe.widths), recipe.group_size, recipe.symmetric, layout(recipe.format).ZERO_MIN)
+    writer.exact, writer.own_dtype = opened.exact, held.own_dtype
+    grid = Grid(max(recipe.widths), recipe.group_size, recipe.symmetric, held.zero_min)
     propagate = recipe.propagate if recipe.needs_calibration else "original"
-    return Plan(job.name, recipe.method, grid, recipe.format, writer, method_options(recipe), propagate)
+    options = recipe.options().model_dump()
+    return Plan(job.name, recipe.method, grid, recipe.format, writer, options, propagate)
 
 
-def method_options(recipe: QuantizeRecipe) -> dict[str, Any]:
-    """The keyword arguments of a recipe's method."""
-    names = {
-        "gptq": ("damp", "act_order", "static_groups"),
-        "awq": ("scale_search", "clip_search", "search_steps"),
-    }
-    return {name: getattr(recipe, name) for name in names.get(recipe.method, ())}
-
-
-def plain_dtype(opened: Opened) -> torch.dtype:
-    """What a checkpoint's plain tensors are stored in: the kernels behind the layouts compute in 16 bit."""
+def plain_dtype(opened: BlockwiseModel) -> torch.dtype:
+    """What a checkpoint's plain tensors are stored in: the kernels behind the formats compute in 16 bit."""
     import torch
 
     return opened.stored if opened.stored != torch.float32 else torch.float16
 
 
 def assemble(
-    plan: Plan, job: Job, files: ModelFiles, opened: Opened, widths: Mapping[str, tuple[int, int]] | None
+    plan: Plan,
+    job: Job,
+    files: ModelFiles,
+    opened: BlockwiseModel,
+    widths: Mapping[str, tuple[int, int]] | None,
 ) -> None:
     """Write everything but the blocks. ``widths``: bits and group size of each linear, where they differ."""
-    from quantlab.formats import layout
+    from quantlab.formats import format_module
 
     inside = opened.stored_prefix + "."
     plan.writer.write_rest({n: info for n, info in files.tensors.items() if not n.startswith(inside)})
-    recipe = job.recipe
-    described = layout(recipe.format).config(
+    recipe, held = job.recipe, FORMATS[job.recipe.format]
+    described = format_module(recipe.format).config(
         widths or dict.fromkeys(files.block_linears(), (plan.grid.bits, recipe.group_size)),
         bits=plan.grid.bits,
         group_size=recipe.group_size,
         symmetric=recipe.symmetric,
-        act_order=recipe.act_order is True,
-        static_groups=recipe.static_groups,
-        damp=recipe.damp,
+        options=plan.options,
+        floating=METHODS[recipe.method].floating,
         quantizer=f"quantlab:{__version__}",
         ignore=opened.kept(),
-        **({"floating": True} if recipe.method == "fp8" else {}),
     )
     config = {k: v for k, v in files.config.items() if k not in ("torch_dtype", "dtype")}
     config |= {"dtype": str(plan.writer.dtype).removeprefix("torch."), "quantization_config": described}
     plan.writer.assemble(files.path, config)
+    if held.export is not None:
+        plan.writer.export(load(held.export), files.path, config)
 
 
 def provenance_record(

@@ -21,21 +21,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from quantlab.formats import layout
+from quantlab.formats import format_module
 from quantlab.models.activations import Activations
-from quantlab.models.blockwise import Call, Opened, batches, linears, run_block
+from quantlab.models.blockwise import BlockInputs, BlockwiseModel, batches, linears, run_block
 from quantlab.models.memory import trim
 from quantlab.models.scale_folding import PROBE_ROWS, PROBE_TOKENS
 from quantlab.models.scaled import scaled_activations
 from quantlab.progress import Progress
-from quantlab.quant import CALIBRATED, FOLDING, method
 from quantlab.quant.block import BlockResult
-from quantlab.quant.block_view import Structures, stored_buffers, view, weights_in_place
+from quantlab.quant.block_view import CalledBlock, KnownFolds, stored_buffers, view, weights_in_place
 from quantlab.quant.checkpoint import CheckpointWriter
 from quantlab.quant.grid import Grid, Quantized
-from quantlab.quant.hessian import Collector, Enough, Moments
+from quantlab.quant.hessian import Collector, InputHessian, StopForward
 from quantlab.quant.hessian_store import StatisticsStore
-from quantlab.quant.verify.reference_logits import Probe
+from quantlab.quant.verify.reference_logits import ReferencePass
+from quantlab.registry import load
+from quantlab.registry.formats import FORMATS
+from quantlab.registry.methods import METHODS
 
 ROWS_EMBEDDED = 32  # calibration rows looked up in the embedding at once
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # calibration tokens in one forward of a block
@@ -68,7 +70,7 @@ class Stream:
 
 
 @dataclass
-class Walk:
+class SequentialPass:
     """What a walk through the model has besides its plans.
 
     calls: how each block is called for calibration rows. probe: what moves the plans' probes on. keep: where to put the
@@ -77,26 +79,26 @@ class Walk:
     """
 
     streams: list[Stream]
-    calls: list[Call]
-    structures: Structures | None = None
-    probe: Probe | None = None
+    calls: list[BlockInputs]
+    structures: KnownFolds | None = None
+    probe: ReferencePass | None = None
     keep: StatisticsStore | None = None
     reuse: StatisticsStore | None = None
     tight: bool = False
     unreached: list[str] = field(default_factory=list)
 
 
-def open_walk(
-    opened: Opened,
+def open_pass(
+    opened: BlockwiseModel,
     rows: torch.Tensor | None,
     plans: Sequence[Plan],
     *,
     spill: Path | None = None,
     key: Mapping[str, str] | None = None,
-    probe: Probe | None = None,
+    probe: ReferencePass | None = None,
     keep: StatisticsStore | None = None,
     reuse: StatisticsStore | None = None,
-) -> Walk:
+) -> SequentialPass:
     """Run everything before the first block, for every stream that the plans need.
 
     Args:
@@ -104,15 +106,15 @@ def open_walk(
         spill: folder for activations that are to lie in files, for the stream that plans share. A stream of a plan's
             own lies in the folder of its checkpoint. None keeps all in memory.
         key: what an interrupted walk must have had in common for its activations to be gone on with.
-        probe, keep, reuse: as in :class:`Walk`.
+        probe, keep, reuse: as in :class:`SequentialPass`.
     """
-    walk = Walk([], [], probe=probe, keep=keep, reuse=reuse, tight=spill is not None)
+    walk = SequentialPass([], [], probe=probe, keep=keep, reuse=reuse, tight=spill is not None)
     if probe is not None:
         for plan in plans:
             plan.probe = probe.start()
-    if any(plan.method in FOLDING for plan in plans):
+    if any("folds" in METHODS[plan.method].needs for plan in plans):
         corner = rows if rows is not None else torch.arange(PROBE_ROWS * PROBE_TOKENS).view(PROBE_ROWS, -1)
-        walk.structures = Structures(*opened.inputs(corner[:PROBE_ROWS, :PROBE_TOKENS]))
+        walk.structures = KnownFolds(*opened.inputs(corner[:PROBE_ROWS, :PROBE_TOKENS]))
     shared = [p for p in plans if p.propagate == "original"]
     wanted = [(shared, False, spill)] if shared else []
     for plan in plans:
@@ -122,7 +124,9 @@ def open_walk(
     first_states: torch.Tensor | None = None  # of two rows, which is enough to know how blocks are called
     for members, quantized, folder in wanted:
         first = min(p.writer.first_missing() for p in members)
-        if rows is None or first == len(opened.blocks) or (reuse is not None and not quantized):
+        sees_inputs = any("inputs" in METHODS[p.method].needs for p in members)
+        kept = reuse is not None and not quantized and not sees_inputs
+        if rows is None or first == len(opened.blocks) or kept:
             walk.streams.append(Stream(None, members, quantized))
             continue
         if first_states is None:
@@ -141,7 +145,7 @@ def open_walk(
     return walk
 
 
-def _embed(opened: Opened, rows: torch.Tensor, fresh: Sequence[Activations]) -> None:
+def _embed(opened: BlockwiseModel, rows: torch.Tensor, fresh: Sequence[Activations]) -> None:
     """Fill states with what the first block gets."""
     for part in batches(len(rows), ROWS_EMBEDDED):
         hidden = opened.inputs(rows[part])[0]
@@ -153,7 +157,7 @@ def _embed(opened: Opened, rows: torch.Tensor, fresh: Sequence[Activations]) -> 
 
 
 @torch.no_grad()
-def quantize_blocks(opened: Opened, walk: Walk, progress: Progress) -> None:
+def quantize_blocks(opened: BlockwiseModel, walk: SequentialPass, progress: Progress) -> None:
     """Solve every plan for every block and hand the tensors to the plans' writers.
 
     Blocks that a plan's writer already holds are not solved again, only passed through.
@@ -189,8 +193,8 @@ def _needed(stream: Stream, index: int, last: bool) -> bool:
 class _Step:
     """One block for one stream: gather, solve, and move the activations on."""
 
-    opened: Opened
-    walk: Walk
+    opened: BlockwiseModel
+    walk: SequentialPass
     index: int
     block: nn.Module
 
@@ -199,12 +203,18 @@ class _Step:
         behind = (
             states is not None and states.step <= self.index + 1
         )  # the states are still before this block
-        moments = self._moments(stream, pending, behind, last)
+        # Methods that see the inputs find them where they are; they move on once everything is solved.
+        holds = [p for p in pending if "inputs" in METHODS[p.method].needs]
+        moments, moved = self._moments(stream, pending, behind, last or bool(holds))
         follow = states if stream.quantized and behind and not last else None
+        forward = None
+        if holds and states is not None:
+            call, at_once = self.walk.calls[self.index], self._rows_at_once(states)
+            forward = CalledBlock(self.block, call, states, at_once)
         for plan in stream.plans:
             if plan not in pending:
                 self._carry(plan, None, follow)
-        for plan, result in self._solved(pending, moments):
+        for plan, result in self._solved(pending, moments, forward):
             started = time.perf_counter()
             self._carry(plan, result, follow)
             self._write(plan, result)
@@ -212,25 +222,31 @@ class _Step:
             trim()  # or the peaks of what comes next add up to those of what was before
             plan.seconds += time.perf_counter() - started
         if states is not None and behind and not last:
+            if not moved and not stream.quantized:
+                for part in batches(len(states), self._rows_at_once(states)):
+                    states.write(part, run_block(self.block, states.read(part), self.walk.calls[self.index]))
             states.commit()
 
-    def _moments(self, stream: Stream, pending: list[Plan], behind: bool, last: bool) -> list[Moments]:
-        """Statistics for the plans that are to be solved; states of the original model move on in the same pass."""
+    def _moments(
+        self, stream: Stream, pending: list[Plan], behind: bool, stay: bool
+    ) -> tuple[list[InputHessian], bool]:
+        """Hessians for the plans that are to be solved, and whether the states of the original model moved on in the
+        same pass, which they do unless they are to ``stay``."""
         store = self.walk.reuse
         if store is not None and not stream.quantized:
-            return store.load(self.index, self.opened.device) if pending else []
+            return (store.load(self.index, self.opened.device) if pending else []), False
         states = stream.states
         if states is None or not behind:
             if pending and states is not None:
                 raise RuntimeError(f"block {self.index} was lost after the states behind it were kept")
-            return []
-        if not pending and (stream.quantized or last):
-            return []
-        moves = not stream.quantized and not last
+            return [], False
+        if not pending and (stream.quantized or stay):
+            return [], False
+        moves = not stream.quantized and not stay
         collector = Collector(linears(self.block) if pending else {}, inputs_only=not moves)
         with collector:
             for part in batches(len(states), self._rows_at_once(states)):
-                with suppress(Enough):
+                with suppress(StopForward):
                     out = run_block(self.block, states.read(part), self.walk.calls[self.index])
                     if moves:
                         states.write(part, out)
@@ -243,31 +259,35 @@ class _Step:
                 self.walk.unreached += [f"{self.opened.prefix}.{self.index}.{name}" for name in m.layers]
         if self.walk.keep is not None and pending and not stream.quantized:
             self.walk.keep.save(self.index, moments)
-        return moments
+        return moments, moves
 
     def _rows_at_once(self, states: Activations) -> int:
         return 1 if self.walk.tight else max(1, TOKENS_AT_ONCE[self.opened.device.type] // states.shape[1])
 
-    def _solved(self, pending: Sequence[Plan], moments: list[Moments]) -> Iterator[tuple[Plan, BlockResult]]:
+    def _solved(
+        self, pending: Sequence[Plan], moments: list[InputHessian], forward: CalledBlock | None
+    ) -> Iterator[tuple[Plan, BlockResult]]:
         """Solve the plans, those that differ in their grids alone at once, and let go of each result that was used."""
         groups: dict[tuple[Any, ...], list[Plan]] = {}
         for plan in pending:
             groups.setdefault((plan.method, *sorted(plan.options.items())), []).append(plan)
         structures = self.walk.structures
         found = None
-        if structures is not None and any(p.method in FOLDING for p in pending):
+        if structures is not None and any("folds" in METHODS[p.method].needs for p in pending):
             found = structures.of(self.index, self.block)
-        seen = view(self.block, moments, found, {} if len(groups) > 1 else None, self._as_stored)
+        seen = view(self.block, moments, found, {} if len(groups) > 1 else None, self._as_stored, forward)
         for plans in groups.values():
             started = time.perf_counter()
-            solved = method(plans[0].method)(seen, [p.grid for p in plans], **plans[0].options)
+            solved = load(METHODS[plans[0].method].solve or "")(
+                seen, [p.grid for p in plans], **plans[0].options
+            )
             for plan in plans:
                 plan.seconds += (time.perf_counter() - started) / len(plans)
             for plan in plans:
                 yield plan, solved.pop(0)
 
     def _write(self, plan: Plan, result: BlockResult) -> None:
-        pack = layout(plan.layout).pack
+        pack = format_module(plan.layout).pack
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in list(self.block.named_parameters()) + stored_buffers(self.block):
             owner, _, leaf = name.rpartition(".")
@@ -281,9 +301,7 @@ class _Step:
                 tensors.update({f"{stored}.{key}": value for key, value in packed.items()})
             else:
                 tensors[self._stored(name)] = result.replaced.get(name, parameter.detach())
-        if (
-            plan.layout == "awq"
-        ):  # its readers divide some activations by scales of their own: none here, all ones
+        if FORMATS[plan.layout].unscaled:
             for name, channels in scaled_activations(self.block, self.opened.config.model_type).items():
                 tensors[self._stored(name)] = torch.ones(channels, dtype=plan.writer.dtype)
         losses = {self._stored(n): v for n, v in result.loss.items()}
@@ -323,12 +341,12 @@ class _Step:
     def _stored_values(self, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
         """What a block written earlier holds, for a run that goes on."""
         tensors = plan.writer.read_block(self.index)
-        reader = layout(plan.layout)
+        reader, suffixes = format_module(plan.layout), FORMATS[plan.layout].suffixes
         for name, _ in self.block.named_parameters():
             owner, _, leaf = name.rpartition(".")
             stored = self._stored(owner)
-            if leaf == "weight" and f"{stored}.{reader.SUFFIXES[0]}" in tensors:
-                parts = {s: tensors[f"{stored}.{s}"] for s in reader.SUFFIXES if f"{stored}.{s}" in tensors}
+            if leaf == "weight" and f"{stored}.{suffixes[0]}" in tensors:
+                parts = {s: tensors[f"{stored}.{s}"] for s in suffixes if f"{stored}.{s}" in tensors}
                 bits = plan.grid.bits
                 codes, scales, zeros, group_of = reader.unpack(
                     parts, bits=bits, group_size=plan.grid.group_size
@@ -340,4 +358,4 @@ class _Step:
 
 def needs_data(plans: Sequence[Plan]) -> bool:
     """Whether any plan looks at calibration rows."""
-    return any(p.method in CALIBRATED or p.propagate == "quantized" for p in plans)
+    return any(METHODS[p.method].calibrated or p.propagate == "quantized" for p in plans)

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from quantlab.recipe.base import BaseRecipe, Positive, Strict
+from quantlab.recipe.base import BaseRecipe
+from quantlab.registry.strict import Positive, Strict
 
 Share = Annotated[float, Field(gt=0, le=1, strict=False)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=False)]
@@ -332,13 +333,13 @@ class DistillRecipe(BaseRecipe):
 
     def decides(self) -> dict[str, Any]:
         """A raised budget is the same recipe: what was paid for or trained under it stays good."""
-        content = self.content()
+        found = super().decides()
         for name in ("teacher", "judge"):
-            endpoint: Endpoint | None = getattr(self, name)
-            content[name] = endpoint.answers() if endpoint is not None else None
+            if name in found:
+                found[name] = {key: value for key, value in found[name].items() if key not in _PATIENCE}
         if self.student.mode == "full":
-            content["student"] = {k: v for k, v in content["student"].items() if k != "lora"}
-        return content
+            found["student"] = {key: value for key, value in found["student"].items() if key != "lora"}
+        return found
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillRecipe:

@@ -1,99 +1,75 @@
 """The recipe of `quantlab quantize`.
 
 Unknown keys are refused, and so are keys that the method has no use for: a recipe that says `damp` for
-round-to-nearest was written in the belief that it does something. What a file format can hold is a table here
-(`LAYOUTS`), checked on load.
+round-to-nearest was written in the belief that it does something. What methods and formats can do is said in
+`quantlab.registry`; what one cannot do is refused when a recipe is loaded.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
+    ValidationError,
+    create_model,
     model_validator,
 )
 
-from quantlab.recipe.base import (
-    BaseRecipe,
-    Calibration,
-)
+from quantlab.recipe.base import BaseRecipe, Calibration
+from quantlab.registry.formats import FORMATS, GROUP_SIZES, PACKING
+from quantlab.registry.methods import METHODS, Options
+
+GROUPS = (-1, *GROUP_SIZES)
+_GRID = ("bits", "group_size", "symmetric", "format")
+# Keys that only some methods have; every other key belongs to all.
+_KEYS: dict[str, frozenset[str]] = {
+    name: frozenset(method.options.model_fields)
+    | (frozenset() if method.fixed else frozenset(_GRID))
+    | ({"calibration", "propagate", "target_bits"} if method.calibrated else frozenset())
+    for name, method in METHODS.items()
+}
+_METHOD_KEYS = frozenset().union(*_KEYS.values())
 
 if TYPE_CHECKING:
-    pass
-
-Method = Literal["none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq", "fp8"]
-Format = Literal["gptq", "awq", "compressed-tensors", "bitsandbytes", "none"]
-
-GROUP_SIZES = (-1, 16, 32, 64, 128)
+    from builtins import str as FormatName
+    from builtins import str as MethodName
+else:
+    MethodName, FormatName = Literal[tuple(METHODS)], Literal[tuple(FORMATS)]
 
 
-class Layout(NamedTuple):
-    """What a checkpoint layout can hold, as plain transformers reads it."""
-
-    bits: tuple[int, ...]
-    ordered: bool  # says in which order columns were quantized (g_idx)
-    asymmetric: bool
-    mixed: bool  # a width for every layer
-
-
-LAYOUTS: dict[str, Layout] = {
-    "gptq": Layout((2, 3, 4, 8), ordered=True, asymmetric=True, mixed=False),
-    "awq": Layout((4,), ordered=False, asymmetric=True, mixed=False),
-    "compressed-tensors": Layout((2, 3, 4, 8), ordered=False, asymmetric=False, mixed=True),
-}
-
-# What a method fixes by itself: bits, group size (block size of bitsandbytes), symmetric, format.
-_FIXED: dict[str, tuple[int, int, bool, str]] = {
-    "none": (16, -1, True, "none"),
-    "bnb-int8": (8, -1, True, "bitsandbytes"),
-    "bnb-fp4": (4, 64, True, "bitsandbytes"),
-    "bnb-nf4": (4, 64, True, "bitsandbytes"),
-    "fp8": (8, -1, True, "compressed-tensors"),
-}
-_GRID = {"bits", "group_size", "symmetric", "format"}
-_CALIBRATED = _GRID | {"calibration", "propagate", "target_bits"}
-# Keys that only some methods have; every other key belongs to all.
-_KEYS: dict[str, set[str]] = {
-    "none": set(),
-    "rtn": _GRID,
-    "bnb-int8": set(),
-    "bnb-fp4": {"double_quant"},
-    "bnb-nf4": {"double_quant"},
-    "gptq": _CALIBRATED | {"act_order", "static_groups", "damp"},
-    "awq": _CALIBRATED | {"scale_search", "clip_search", "search_steps"},
-    "fp8": set(),
-}
-_METHOD_KEYS = set().union(*_KEYS.values())
-
-
-class QuantizeRecipe(BaseRecipe):
-    """One way of storing a model. `bits`, `group_size`, `symmetric` and `format` are always filled in."""
-
+class _QuantizeRecipe(BaseRecipe):
     kind: Literal["quantize"] = "quantize"
-    method: Method
-    bits: Literal[2, 3, 4, 8, 16, "auto"] = 4  # 16 only for `none`, which rounds nothing
-    target_bits: Annotated[float, Field(ge=2, le=8)] | None = (
-        None  # of `bits: auto`: the average over all weights
+    method: MethodName = Field(description="how weights are rounded")
+    bits: Literal[2, 3, 4, 8, 16, "auto"] = Field(
+        default=4, description="width of a code; auto: a width for each layer, `target_bits` on average"
     )
-    group_size: int = 128  # columns that share a scale; -1 a whole row
-    symmetric: bool = True
-    act_order: bool | Literal["group"] = False  # "group": order inside groups that stay in place
-    static_groups: bool = (
-        False  # with act_order: groups stay in place, their grids those of the original weights
+    target_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
+        default=None, description="with `bits: auto`: average width over all weights"
     )
-    damp: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.01
-    double_quant: bool = False
-    scale_search: bool = True
-    clip_search: bool = True
-    search_steps: Annotated[int, Field(ge=2, le=100)] = 20
-    propagate: Literal["original", "quantized"] = "original"
-    format: Format = "gptq"
-    calibration: Calibration = Calibration()
+    group_size: int = Field(
+        default=128, description="columns that share a scale: 16, 32, 64, 128, or -1 for per-channel scales"
+    )
+    symmetric: bool = Field(
+        default=True, description="zero in the middle of the grid; awq: false unless named"
+    )
+    propagate: Literal["original", "quantized"] = Field(
+        default="original", description="whose outputs the next block is calibrated on"
+    )
+    format: FormatName = Field(
+        default="gptq", description="what the checkpoint is written in; left out: as the method has it"
+    )
+    calibration: Calibration = Field(
+        default=Calibration(), description="text that the Hessians are gathered from"
+    )
 
     _named: frozenset[str] = PrivateAttr(default=frozenset())  # keys that were written, not filled in
+
+    if TYPE_CHECKING:  # the options of every method of the registry
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @model_validator(mode="wrap")
     @classmethod
@@ -112,68 +88,85 @@ class QuantizeRecipe(BaseRecipe):
         """Defaults that depend on the method; a fixed value may be repeated, not contradicted."""
         if not isinstance(data, dict) or str(data.get("method")) not in _KEYS:
             return data  # the field check says what is wrong
-        method, filled = data["method"], dict(data)
-        for key in [key for key in data if key in _METHOD_KEYS - _KEYS[method]]:
-            index = ("bits", "group_size", "symmetric", "format").index(key) if key in _GRID else None
-            if index is None or method not in _FIXED or data[key] != _FIXED[method][index]:
-                raise ValueError(f"@{key}: {_why_not(method, key)}")
-        if method in _FIXED:
-            filled.update(zip(("bits", "group_size", "symmetric", "format"), _FIXED[method], strict=True))
-        else:
-            own = "awq" if method == "awq" and data.get("bits", 4) == 4 else "gptq"
-            filled.setdefault("format", "compressed-tensors" if data.get("bits") == "auto" else own)
-            filled.setdefault("symmetric", method != "awq" or filled["format"] == "compressed-tensors")
+        name, filled = data["method"], dict(data)
+        method = METHODS[name]
+        fixed = dict(zip(_GRID, method.fixed, strict=True)) if method.fixed else {}
+        for key in [key for key in data if key in _METHOD_KEYS - _KEYS[name]]:
+            if key not in fixed or data[key] != fixed[key]:
+                raise ValueError(f"@{key}: {_why_not(name, key)}")
+        if fixed:
+            return filled | fixed
+        bits = data.get("bits", 4)
+        fitting = [
+            f for f in method.formats if (bits == "auto" and FORMATS[f].mixed) or bits in FORMATS[f].bits
+        ]
+        mixed = [f for f in PACKING if FORMATS[f].mixed] if bits == "auto" else []
+        filled.setdefault("format", next(iter([*fitting, *mixed]), method.formats[-1]))
+        held = FORMATS.get(str(filled["format"]))
+        filled.setdefault("symmetric", method.symmetric or not (held is None or held.asymmetric))
         return filled
 
     @model_validator(mode="after")
-    def _layout_holds_it(self) -> QuantizeRecipe:
-        if self.method in _FIXED:
+    def _format_holds_it(self) -> Self:
+        name = self.method
+        if METHODS[name].fixed:
+            self.options()
             return self
         if self.bits == 16:
-            raise ValueError(f"@bits: {self.method} stores 2, 3, 4 or 8 bits")
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError("@group_size: expected 16, 32, 64, 128, or -1 for one group a row")
-        if self.format not in LAYOUTS:
-            raise ValueError(
-                f"@format: {self.method} is written as {' or '.join(LAYOUTS)}, not {self.format!r}"
-            )
-        held = LAYOUTS[self.format]
+            raise ValueError(f"@bits: {name} stores 2, 3, 4 or 8 bits")
+        if self.group_size not in GROUPS:
+            raise ValueError("@group_size: expected 16, 32, 64, 128, or -1 for per-channel scales")
+        if self.format not in PACKING:
+            raise ValueError(f"@format: {name} is written as {' or '.join(PACKING)}, not {self.format!r}")
+        held = FORMATS[self.format]
         if self.bits == "auto":
-            self._auto_has_a_target(held)
+            self._auto_has_a_target()
         elif self.target_bits is not None:
             raise ValueError(f"@target_bits: goes with bits: auto, not with bits: {self.bits}")
         elif self.bits not in held.bits:
             bits = self.bits
-            others = [name for name, other in LAYOUTS.items() if bits in other.bits]
+            others = [other for other in PACKING if bits in FORMATS[other].bits]
             raise ValueError(
-                f"@bits: the {self.format} layout holds {', '.join(map(str, held.bits))} bits only, not {bits}; "
+                f"@bits: the {self.format} format holds {', '.join(map(str, held.bits))} bits only, not {bits}; "
                 f"for {bits} bits set format: {' or '.join(others)}"
             )
-        if self.static_groups and self.act_order is not True:
+        options = self.options()
+        ordered = [other for other in PACKING if FORMATS[other].ordered and self.bits in FORMATS[other].bits]
+        instead = f"format: {' or '.join(ordered)}, or " if ordered else ""
+        if options.reorders and not held.ordered:
             raise ValueError(
-                "@static_groups: goes with act_order: true; without it groups are in place anyway"
-            )
-        gptq = "" if self.bits == "auto" else "format: gptq, or "
-        if self.act_order is True and not self.static_groups and not held.ordered:
-            raise ValueError(
-                f"@act_order: the {self.format} layout cannot store a column order; set {gptq}static_groups: true"
+                f"@act_order: the {self.format} format cannot store a column order; "
+                f"set {instead}static_groups: true"
             )
         if not self.symmetric and not held.asymmetric:
+            loose = [
+                other for other in PACKING if FORMATS[other].asymmetric and self.bits in FORMATS[other].bits
+            ]
+            instead = f"format: {' or '.join(loose)}, or " if loose else ""
             raise ValueError(
-                f"@symmetric: the {self.format} layout is read with symmetric grids only; set {gptq}symmetric: true"
+                f"@symmetric: the {self.format} format is read with symmetric grids only; "
+                f"set {instead}symmetric: true"
             )
         return self
 
-    def _auto_has_a_target(self, held: Layout) -> None:
+    def options(self) -> Options:
+        """The options that only this method has."""
+        kind = METHODS[self.method].options
+        try:
+            return kind(**{key: getattr(self, key) for key in kind.model_fields})
+        except ValidationError as error:
+            raise ValueError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
+
+    def _auto_has_a_target(self) -> None:
         if "target_bits" not in _KEYS[self.method]:
             raise ValueError(
                 f"@bits: auto weighs the layers on calibration data, which {self.method} does without; "
                 f"{_users('target_bits')} have it"
             )
-        if not held.mixed:
-            others = [name for name, other in LAYOUTS.items() if other.mixed]
+        if not FORMATS[self.format].mixed:
+            others = [name for name in PACKING if FORMATS[name].mixed]
             raise ValueError(
-                f"@format: the {self.format} layout is read with one width for all layers; "
+                f"@format: the {self.format} format is read with one width for all layers; "
                 f"for bits: auto set format: {' or '.join(others)}"
             )
         if self.target_bits is None:
@@ -182,15 +175,13 @@ class QuantizeRecipe(BaseRecipe):
             )
 
     def unused(self) -> set[str]:
-        # Keys younger than the first published results are left out at their defaults: their digests stay good.
         silent = {"target_bits"} if self.target_bits is None else set()
-        silent |= set() if self.static_groups else {"static_groups"}
-        return (_METHOD_KEYS - _KEYS[self.method]) | silent
+        return set(_METHOD_KEYS - _KEYS[self.method]) | silent
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Code widths that a layer may get: one, or with `bits: auto` all that the format holds."""
-        return LAYOUTS[self.format].bits if self.bits == "auto" else (self.bits,)
+        return FORMATS[self.format].bits if self.bits == "auto" else (self.bits,)
 
     @property
     def average_bits(self) -> float:
@@ -199,7 +190,7 @@ class QuantizeRecipe(BaseRecipe):
 
     @property
     def needs_calibration(self) -> bool:
-        return "calibration" in _KEYS[self.method]
+        return METHODS[self.method].calibrated
 
 
 def usable(override: str, method: str) -> bool:
@@ -208,13 +199,31 @@ def usable(override: str, method: str) -> bool:
     return key not in _METHOD_KEYS or key in _KEYS.get(method, _METHOD_KEYS)
 
 
+if TYPE_CHECKING:
+
+    class QuantizeRecipe(_QuantizeRecipe):
+        """See below: the fields of the base and the options of every method."""
+
+else:
+    _OPTIONS = {}
+    for _method in METHODS.values():
+        for _name, _field in _method.options.model_fields.items():
+            _OPTIONS[_name] = (_field.annotation, _field)
+    QuantizeRecipe = create_model("QuantizeRecipe", __base__=_QuantizeRecipe, **_OPTIONS)
+    QuantizeRecipe.__doc__ = (
+        "One way of storing a model. `bits`, `group_size`, `symmetric` and `format` are always filled in; the keys of "
+        "all methods are here, those that the method at hand lacks are refused."
+    )
+
+
 def _why_not(method: str, key: str) -> str:
-    if method in _FIXED and key in _GRID:
-        value = dict(zip(("bits", "group_size", "symmetric", "format"), _FIXED[method], strict=True))[key]
+    fixed = METHODS[method].fixed
+    if fixed and key in _GRID:
+        value = getattr(fixed, key)
         if method == "none":
             return "method none stores the model as it is"
         return f"{method} always has {key}: {value}; leave the key out"
-    return f"method {method} has no use for it (only {_users(key)})"
+    return f"not an option of {method} (only of {_users(key)})"
 
 
 def _users(key: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlab.report import svg
-from quantlab.report.leaderboard import Row, accuracy
+from quantlab.report.cells import Row, accuracy
 from quantlab.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, finite
 from quantlab.report.sweep_grid import Axes, arrange, describe, key_of, say, short, split_axis, value_of
 

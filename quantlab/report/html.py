@@ -11,12 +11,12 @@ from html import escape
 from typing import Any
 
 from quantlab import __version__
+from quantlab.registry.methods import METHODS
 from quantlab.report import svg
 from quantlab.report.leaderboard import SHOWN, Column, recipe_name
 from quantlab.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, finite
 
 Row = Mapping[str, Any]
-COLOURS = {"none": "#555555", "rtn": "#c0392b", "gptq": "#2471a3", "awq": "#1e8449"}
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -133,7 +133,7 @@ def scatter(
     )
     for size, value, bar, row in points:
         x, y = x_place(size), y_place(value)
-        colour = COLOURS.get(str(row.get("method")), "#8e44ad")
+        colour = _colour(str(row.get("method")))
         name = recipe_name(row)
         if bar:
             parts.append(
@@ -143,3 +143,8 @@ def scatter(
         side, shift = ("end", -8) if x > WIDTH * 0.75 else ("start", 8)
         parts.append(svg.text(x + shift, y - 6, name, side))
     return "".join(parts) + "</svg>"
+
+
+def _colour(method: str) -> str:
+    found = METHODS.get(method)
+    return found.colour if found else "#8e44ad"

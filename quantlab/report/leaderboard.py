@@ -12,26 +12,15 @@ from typing import Any
 
 from quantlab.errors import RecipeError
 from quantlab.paths import nearest, slug
+from quantlab.registry.tasks import task_columns
+from quantlab.report.cells import cell_of, conditions_of, number, speed
 from quantlab.runs.leaderboard import COLUMNS
 
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str], bool]
 
 # Columns where more is better; every other number is better small.
-DESCENDING = {
-    "ex",
-    "ex_low",
-    "ex_high",
-    "em",
-    "judge",
-    "top1_agreement",
-    "gained",
-    "prefill_tok_s",
-    "prefill_ratio",
-    "decode_tok_s",
-    "decode_ratio",
-}
-DESCENDING |= {"finished_at"}
+DESCENDING = {column.name for column in task_columns() if column.higher} | {"finished_at"}
 
 
 def sort_rows(rows: Iterable[Row], column: str | None) -> list[Row]:
@@ -56,31 +45,8 @@ def recipe_name(row: Row) -> str:
     return name.rsplit("-", 1)[0]
 
 
-def number(value: Any, form: str) -> str:
-    return "" if value is None or value == "" else form.format(float(value))
-
-
 def megabytes(row: Row) -> str:
-    return "" if row.get("size_bytes") is None else f"{float(row['size_bytes']) / 1e6:.2f}"
-
-
-def accuracy(row: Row) -> str:
-    """`41.0 [32.1, 50.6]`, per cent with the Wilson interval."""
-    if row.get("ex") is None:
-        return ""
-    interval = ""
-    if row.get("ex_low") is not None and row.get("ex_high") is not None:
-        interval = f" [{100 * float(row['ex_low']):.1f}, {100 * float(row['ex_high']):.1f}]"
-    return f"{100 * float(row['ex']):.1f}{interval}"
-
-
-def speed(row: Row) -> str:
-    """Decoded tokens a second, with a `~` where other processes disturbed the measurement."""
-    return number(row.get("decode_tok_s"), "{:.0f}") + (" ~" if row.get("disturbed") in (1, "1") else "")
-
-
-def flipped(row: Row) -> str:
-    return "" if row.get("lost") is None else f"-{row['lost']} +{row['gained']}"
+    return number(row.get("size_bytes"), "{:.2f}", 1e-6)
 
 
 # Title, how a row's cell is written, and whether it is a number. The whole row is in leaderboard.csv.
@@ -89,24 +55,7 @@ SHOWN: Sequence[Column] = (
     ("model", lambda row: str(row.get("model") or ""), False),
     ("bits/w", lambda row: number(row.get("bits_per_weight"), "{:.2f}"), True),
     ("MB", megabytes, True),
-    ("ppl", lambda row: number(row.get("ppl"), "{:.3f}"), True),
-    ("ratio", lambda row: number(row.get("ppl_ratio"), "{:.3f}"), True),
-    ("KL", lambda row: number(row.get("kl_mean"), "{:.4f}"), True),
-    (
-        "top-1 %",
-        lambda row: number(row.get("top1_agreement") and 100 * float(row["top1_agreement"]), "{:.1f}"),
-        True,
-    ),
-    ("EX % [95 %]", accuracy, True),
-    ("=", lambda row: "=" if row.get("tie_group") else "", False),
-    ("lost/gained", flipped, True),
-    ("tok/s", speed, True),
-    ("× base", lambda row: number(row.get("decode_ratio"), "{:.2f}"), True),
-    (
-        "RAM MB",
-        lambda row: number(row.get("memory_bytes") and float(row["memory_bytes"]) / 1e6, "{:.1f}"),
-        True,
-    ),
+    *((c.title, cell_of(c), c.written != "quantlab.report.cells:tied") for c in task_columns() if c.title),
     ("work s", lambda row: number(row.get("work_seconds"), "{:.1f}"), True),
 )
 
@@ -114,10 +63,10 @@ SHOWN: Sequence[Column] = (
 def conditions(rows: Sequence[Row]) -> list[str]:
     """What the numbers were measured on: a line for each text or set of questions, where rows have one."""
     found = []
-    for title, columns in (("ppl", ("ppl_text", "ppl_protocol")), ("KL", ("kl_text",)), ("EX", ("ex_data",))):
-        said = {", ".join(str(row[c]) for c in columns if row.get(c)) for row in rows} - {""}
+    for column in task_columns():
+        said = {", ".join(conditions_of(column, row)) for row in rows} - {""}
         if said:
-            found.append(f"{title} on {' | '.join(sorted(said))}")
+            found.append(f"{column.title.split(' ')[0]} on {' | '.join(sorted(said))}")
     texts = {str(row["calibration"]) for row in rows if row.get("calibration")}
     return found + ([f"calibrated on {' | '.join(sorted(texts))}"] if texts else [])
 

@@ -7,16 +7,17 @@ is one), and how to load it with transformers alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quantlab.formats.readers import Readers, readers
 from quantlab.models.provenance import provenance
 from quantlab.paths import atomic_write_text
-from quantlab.report.leaderboard import accuracy, flipped, number, speed
+from quantlab.registry.formats import Readers, readers
+from quantlab.registry.tasks import task_columns
+from quantlab.report.cells import cell_of, conditions_of, number
 
 
 def write_model_card(checkpoint: Path, row: Mapping[str, Any] | None) -> Path | None:
@@ -68,7 +69,7 @@ def describe(recipe: Mapping[str, Any]) -> str:
     words = [str(recipe["method"])]
     if "bits" in recipe:
         words.append(f"{recipe['bits']} bits")
-        words.append("a scale a row" if recipe["group_size"] == -1 else f"groups of {recipe['group_size']}")
+        words.append("per channel" if recipe["group_size"] == -1 else f"groups of {recipe['group_size']}")
     if recipe.get("double_quant"):
         words.append("double quantization")
     return ", ".join(words)
@@ -81,28 +82,17 @@ def _without_measurements(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _measured(row: Mapping[str, Any]) -> str:
     cells = [
         ("Weight files", number(row.get("size_bytes"), "{:,.0f} bytes")),
-        ("Bits a weight", number(row.get("bits_per_weight"), "{:.2f}")),
-        ("Perplexity", _on(number(row.get("ppl"), "{:.3f}"), row.get("ppl_text"), row.get("ppl_protocol"))),
-        ("Perplexity against the original", number(row.get("ppl_ratio"), "{:.3f} times")),
-        (
-            "Mean KL divergence to the original, nats",
-            _on(number(row.get("kl_mean"), "{:.4f}"), row.get("kl_text")),
-        ),
-        ("Same most likely token as the original", number(row.get("top1_agreement"), "{:.3f}")),
-        ("Text2SQL execution accuracy, % [95 %]", _on(accuracy(row), row.get("ex_data"))),
-        ("Text2SQL items lost and gained against the original", flipped(row)),
-        ("Decoded tokens a second", speed(row)),
-        ("Decoding speed against the original", number(row.get("decode_ratio"), "{:.2f} times")),
-        ("Parameters and buffers in memory", number(row.get("memory_bytes"), "{:,.0f} bytes")),
+        ("Bits per weight", number(row.get("bits_per_weight"), "{:.2f}")),
+        *((c.card, _on(cell_of(c)(row), conditions_of(c, row))) for c in task_columns() if c.card),
     ]
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells if value)]
     lines.append(f"\nRun `{row['run_id']}`, data digest `{row.get('data_digest')}`, on {row.get('device')}.")
     return "\n".join(lines)
 
 
-def _on(value: str, *conditions: Any) -> str:
+def _on(value: str, conditions: Sequence[str]) -> str:
     """A number with the text and the protocol that it was measured by."""
-    said = ", ".join(f"`{condition}`" for condition in conditions if condition)
+    said = ", ".join(f"`{condition}`" for condition in conditions)
     return f"{value} ({said})" if value and said else value
 
 

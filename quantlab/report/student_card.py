@@ -14,7 +14,7 @@ import yaml
 
 from quantlab.models.provenance import provenance
 from quantlab.paths import atomic_write_text
-from quantlab.report.leaderboard import accuracy, flipped, number
+from quantlab.report.cells import accuracy, flipped, number
 
 SNIPPET = '''from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from quantlab.errors import DataError
-from quantlab.report.leaderboard import Row
+from quantlab.report.cells import Row
 
 Axes = Mapping[str, Sequence[Any]]
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from quantlab.paths import atomic_write_text, atomic_writer
 from quantlab.report.axis_plot import axis_plot, choose_metric, goodness, measured
+from quantlab.report.cells import Row, accuracy, flipped, number
 from quantlab.report.html import document, table
-from quantlab.report.leaderboard import Column, Row, accuracy, flipped, number
+from quantlab.report.leaderboard import Column
 from quantlab.report.svg import finite
 from quantlab.report.sweep_grid import Axes, arrange, describe, keys_of, names_of, say, split_axis, spread
 from quantlab.runs.leaderboard import COLUMNS, cell

@@ -16,17 +16,36 @@ from typing import Any
 from filelock import FileLock
 
 from quantlab.paths import atomic_writer
+from quantlab.registry.tasks import task_columns
 from quantlab.runs.run import Run, read_runs, verdicts
 from quantlab.stats import flips, mcnemar_exact
 
-COLUMNS = (
-    "run_id", "finished_at", "model", "parent", "stage", "method", "bits", "group_size", "format", "params",
-    "size_bytes", "bits_per_weight", "calibration", "ppl", "ppl_ratio", "bits_per_byte", "ppl_protocol", "ppl_text",
-    "kl_mean", "kl_p99", "top1_agreement", "kl_text", "em", "ex", "ex_low", "ex_high", "ex_data", "judge", "lost",
-    "gained", "tie_group", "prefill_tok_s", "prefill_ratio", "decode_tok_s", "decode_ratio", "disturbed",
-    "load_seconds", "memory_bytes", "peak_memory_bytes", "work_seconds", "device", "recipe_digest", "model_digest",
-    "data_digest", "quantlab_version",
-)  # fmt: skip
+# Name and meaning of the columns that every run has, before and after those of the tasks.
+BEFORE_TASKS = {
+    "run_id": "directory of the run under `runs/`",
+    "finished_at": "when it finished, UTC",
+    "model": "what was measured or quantized",
+    "parent": "the run or model that it was made from, and is compared with",
+    "stage": "base, student or quantized",
+    "method": "how weights were rounded",
+    "bits": "width of a code",
+    "group_size": "columns that share a scale; -1: per channel",
+    "format": "what the checkpoint is written in",
+    "params": "parameters of the original model",
+    "size_bytes": "bytes of the weight files",
+    "bits_per_weight": "bits of the weight files over the original parameters",
+    "calibration": "text that it was calibrated on, rows x tokens, digest of the rows",
+}
+AFTER_TASKS = {
+    "work_seconds": "seconds that making the checkpoint took",
+    "device": "where it was measured",
+    "recipe_digest": "names the recipe",
+    "model_digest": "names the model's configuration and weights",
+    "data_digest": "names the data of all tasks",
+    "quantlab_version": "version that measured it",
+}
+MEANINGS = BEFORE_TASKS | {column.name: column.meaning for column in task_columns()} | AFTER_TASKS
+COLUMNS = tuple(MEANINGS)
 
 
 def rebuild_leaderboard(results_dir: Path) -> list[dict[str, Any]]:

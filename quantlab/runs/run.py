@@ -22,14 +22,11 @@ from typing import Any
 
 from quantlab.errors import DataError
 from quantlab.paths import atomic_write_text, atomic_writer, file_digest
+from quantlab.registry.tasks import TASKS, task_columns
 from quantlab.textfile import json_objects, read_json
 
 # Columns that tasks fill in.
-MEASURED = (
-    "ppl", "bits_per_byte", "ppl_protocol", "ppl_text", "kl_mean", "kl_p99", "top1_agreement", "kl_text", "em", "ex",
-    "ex_low", "ex_high", "ex_data", "judge", "prefill_tok_s", "prefill_ratio", "decode_tok_s", "decode_ratio",
-    "disturbed", "load_seconds", "memory_bytes", "peak_memory_bytes",
-)  # fmt: skip
+MEASURED = tuple(column.name for column in task_columns() if not column.derived)
 
 VERDICTS = ("ok", "wrong", "error", "timeout", "unparsed")
 
@@ -129,12 +126,12 @@ class Run:
     def add(self, result: TaskResult) -> None:
         """Keep a task's result: its samples in a file, its metrics in the row where COLUMNS has them.
 
-        The harness (`lm-eval:…`) names metrics as it likes, so its numbers stay out of the row.
+        A harness (`lm-eval:…`) names metrics as it likes, so its numbers stay out of the row.
         """
         if result.samples:
             write_jsonl(self._samples_file(result.task), result.samples)
         self.record["tasks"][result.task] = {"metrics": result.metrics, "details": result.details}
-        if not result.task.startswith("lm-eval:"):
+        if not TASKS[result.task.partition(":")[0]].named:
             self.row.update({key: result.metrics[key] for key in MEASURED if key in result.metrics})
         self.save()
 

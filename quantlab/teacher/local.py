@@ -159,9 +159,9 @@ def answer_with_model(
 ) -> dict[str, str]:
     """Generate for every (key, request), longest prompts first; a batch is in the ledger before the next begins.
     Calls `done` after each; an unusable answer is not asked for again: decoding is greedy."""
-    from quantlab.models.load import load_subject
+    from quantlab.models.load import load_model
 
-    subject = load_subject(endpoint.model.partition(":")[2])
+    subject = load_model(endpoint.model.partition(":")[2])
     model = identity(endpoint)
     encoded = [(key, request, _prompt(subject.tokenizer, request)) for key, request in todo]
     encoded.sort(key=lambda row: -len(row[2]))

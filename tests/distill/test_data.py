@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from quantlab.distill import packed_attention
 from quantlab.distill.data import IGNORED, Block, Example, collate, encode, encode_texts, pack, split_off
 from quantlab.errors import DataError
-from quantlab.models.load import load_subject, load_tokenizer
+from quantlab.models.load import load_model, load_tokenizer
 from quantlab.models.safetensors.files import open_files
 from quantlab.text2sql.data.item import Item
 from quantlab.text2sql.prompt.prompt import build_prompt
@@ -153,7 +153,7 @@ def losses(model: Any, blocks: Sequence[Block], how: str) -> tuple[float, torch.
 @pytest.mark.parametrize("packing", ["rows", "shared"])
 def test_packed_training_is_the_training_of_separate_rows(tiny: Path, packing: str) -> None:
     packed_attention.register()
-    model = load_subject(tiny, device="cpu", dtype="float32").model
+    model = load_model(tiny, device="cpu", dtype="float32").model
     rows = families(seed=3)
     wanted, gradient = losses(model, pack(rows, "none", 120), "separate")
     for how in ("mask", "groups"):
@@ -164,7 +164,7 @@ def test_packed_training_is_the_training_of_separate_rows(tiny: Path, packing: s
 
 def test_without_a_layout_the_packed_attention_is_ordinary(tiny: Path) -> None:
     packed_attention.register()
-    model = load_subject(tiny, device="cpu", dtype="float32").model
+    model = load_model(tiny, device="cpu", dtype="float32").model
     ids = torch.arange(1, 41)[None]
     wanted = model(ids).logits
     model.set_attn_implementation(packed_attention.NAME)

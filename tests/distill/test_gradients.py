@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from quantlab.formats import gptq
-from quantlab.models.load import keep_bnb_storage, load_subject
+from quantlab.models.load import keep_bnb_storage, load_model
 from quantlab.progress import Silent
 from quantlab.quant.grid import Quantized
 from quantlab.quant.methods.bnb import bnb_config
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import FORMATS
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(1, 65)[None]
@@ -55,7 +56,7 @@ def evaluated(model: Any) -> Any:
 
 def plain_copy(tiny: Path, weights: Iterator[tuple[str, torch.Tensor]]) -> Any:
     """The original in float32, with the matrices of its blocks replaced."""
-    model = load_subject(tiny, device="cpu", dtype="float32").model
+    model = load_model(tiny, device="cpu", dtype="float32").model
     for name, weight in weights:
         module = model.get_submodule(name)
         assert not torch.equal(module.weight, weight)  # quantization did change it
@@ -75,14 +76,14 @@ def bnb_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def nf4(tiny: Path, request: pytest.FixtureRequest) -> tuple[Any, torch.Tensor]:
     """A model in NF4 without adapters, and the gradient of adapters over its dequantized copy."""
     config = bnb_config("bnb-nf4", double_quant=request.param, compute_dtype=torch.float32)
-    model = load_subject(tiny, device="cpu", dtype="float32", quantization=config).model
+    model = load_model(tiny, device="cpu", dtype="float32", quantization=config).model
     return model, gradient(with_adapters(plain_copy(tiny, bnb_weights(model))))
 
 
 def test_nf4_before_and_after_an_evaluation(nf4: tuple[Any, torch.Tensor]) -> None:
     model, expected = nf4
     adapted = with_adapters(copy.deepcopy(model))
-    keep_bnb_storage(adapted)  # what load_subject has done already; copies carry it or not
+    keep_bnb_storage(adapted)  # what load_model has done already; copies carry it or not
     assert cosine(gradient(adapted), expected) > 0.999
     assert cosine(gradient(evaluated(adapted)), expected) > 0.999
 
@@ -123,11 +124,11 @@ def test_gptq_layout_before_and_after_an_evaluation(
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
-            parts = {suffix: stored[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES}
+            parts = {suffix: stored[f"{name}.{suffix}"] for suffix in FORMATS["gptq"].suffixes}
             yield name, Quantized(*gptq.unpack(parts, bits=bits, group_size=32), bits).dequantize()
 
     expected = gradient(with_adapters(plain_copy(tiny, weights())))
     # By name: peft's "all-linear" does not know gptqmodel's layers.
-    adapted = with_adapters(load_subject(tmp_path / "q", device="cpu").model)
+    adapted = with_adapters(load_model(tmp_path / "q", device="cpu").model)
     assert cosine(gradient(adapted), expected) > 0.999  # the kernels compute in bfloat16
     assert cosine(gradient(evaluated(adapted)), expected) > 0.999

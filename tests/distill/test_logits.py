@@ -28,7 +28,7 @@ from quantlab.distill.logits import (
 )
 from quantlab.distill.losses import divergence, student_buckets, teacher_buckets
 from quantlab.errors import DataError
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.progress import Silent
 
 from ..conftest import byte_tokenizer
@@ -39,7 +39,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Any:
-    return load_subject(tiny, device="cpu", dtype="float32").model
+    return load_model(tiny, device="cpu", dtype="float32").model
 
 
 def examples(count: int = 12, seed: int = 0) -> list[Example]:
@@ -233,10 +233,10 @@ import sys, time, torch
 from pathlib import Path
 sys.path.insert(0, {repository!r})
 from tests.distill.test_logits import examples, gather
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 
 torch.set_num_threads(1)
-model = load_subject({tiny!r}, device="cpu", dtype="float32").model
+model = load_model({tiny!r}, device="cpu", dtype="float32").model
 forward = model.forward
 def slow(input_ids=None, attention_mask=None, use_cache=None, logits_to_keep=0):
     time.sleep(0.1)
@@ -335,7 +335,7 @@ def test_an_example_without_positions_has_no_rows(model: Any, tmp_path: Path) ->
 
 
 def test_a_teacher_of_nan_is_refused(tiny: Path, tmp_path: Path) -> None:
-    broken = load_subject(tiny, device="cpu", dtype="float32").model.train()
+    broken = load_model(tiny, device="cpu", dtype="float32").model.train()
     broken.lm_head.weight.data[5] = torch.nan
     with pytest.raises(DataError, match="not numbers"):
         gather(broken, examples(2), tmp_path / "s")

@@ -23,7 +23,7 @@ from quantlab.distill.prepare import (
 from quantlab.errors import DataError, QuantlabError
 from quantlab.evals import text2sql
 from quantlab.evals.generation import Generation
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.progress import Silent
 from quantlab.recipe.distill import DistillRecipe, Judge, Teacher
 from quantlab.recipe.load import parse_recipe
@@ -107,7 +107,7 @@ def bird(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def subject() -> Any:
-    found = load_subject("embedded:base", device="cpu")
+    found = load_model("embedded:base", device="cpu")
     found.tokenizer.chat_template = CHATML
     return found
 

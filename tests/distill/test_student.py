@@ -20,7 +20,7 @@ from quantlab.distill.student import (
     trainable,
 )
 from quantlab.errors import DataError
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
@@ -56,7 +56,7 @@ def test_merged_and_unmerged_logits_agree(tiny: Path, mode: str) -> None:
     plain = merged(student)
     assert not any("lora" in name or "quant" in name for name, _ in plain.named_parameters())
     assert float((probe(plain) - before).abs().max()) < 1e-3
-    untouched = load_subject(tiny, device="cpu", dtype="float32").model
+    untouched = load_model(tiny, device="cpu", dtype="float32").model
     assert float((probe(untouched) - before).abs().max()) > 0.1  # the adapters do say something
 
 
@@ -67,7 +67,7 @@ def test_qlora_merges_into_the_weights_it_was_trained_against(tiny: Path) -> Non
     layer = student.model.get_base_model().get_submodule(name)
     four_bit, _ = linear_weight(layer.base_layer)
     delta = layer.get_delta_weight("default")
-    original = load_subject(tiny, device="cpu", dtype="float32").model.get_submodule(name).weight.detach()
+    original = load_model(tiny, device="cpu", dtype="float32").model.get_submodule(name).weight.detach()
     assert float((four_bit - original).abs().max()) > 1e-3
     assert torch.allclose(merged(student).get_submodule(name).weight, four_bit + delta, atol=1e-6)
 
@@ -103,10 +103,10 @@ def test_an_adapter_beside_its_quantized_base_loads_as_one_model(
     files = open_files(tmp_path / "s")
     assert files.quantized is not None
     assert files.size_bytes > (open_files(ref).size_bytes if name != "plain" else 0)
-    subject = load_subject(tmp_path / "s", device="cpu", dtype="float32")
+    subject = load_model(tmp_path / "s", device="cpu", dtype="float32")
     found = probe(subject.model)
     assert float((found - before).abs().max()) < 0.05 * float(before.abs().max())
-    without = load_subject(ref, device="cpu", dtype="float32").model
+    without = load_model(ref, device="cpu", dtype="float32").model
     assert float((probe(without) - before).abs().max()) > 0.1
 
 

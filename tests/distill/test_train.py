@@ -19,7 +19,7 @@ from quantlab.distill.data import encode_texts, pack, split_off
 from quantlab.distill.logits import gather_logits
 from quantlab.distill.student import merged, open_student, probe, settle
 from quantlab.distill.train import WHOLE, LogitLoss, Settings, Trained, last_checkpoint, train
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.progress import Silent
 
 from ..conftest import WORDS
@@ -168,7 +168,7 @@ def test_learning_the_logits_of_a_model_brings_the_student_towards_it(
     tiny: Path, tmp_path: Path, kind: str
 ) -> None:
     """A student whose weights were disturbed learns back what its original says."""
-    teacher = load_subject(tiny, device="cpu", dtype="float32")
+    teacher = load_model(tiny, device="cpu", dtype="float32")
     student = open_student(str(tiny), mode="full", device="cpu")
     generator = torch.Generator().manual_seed(0)
     for parameter in student.model.parameters():

@@ -36,7 +36,7 @@ def build_tokenizer() -> Any:
 def build_subject() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from quantlab.models.load import Subject
+    from quantlab.models.load import LoadedModel
 
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def build_subject() -> Any:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config).eval()
-    return Subject(
+    return LoadedModel(
         model, tokenizer, "cpu", "tiny", Path("tiny"), 1, sum(p.numel() for p in model.parameters())
     )
 
@@ -67,6 +67,6 @@ def tiny() -> Any:
 def baby() -> Any:
     if not BABY.is_dir():
         pytest.skip("the real small model is not at hand")
-    from quantlab.models.load import load_subject
+    from quantlab.models.load import load_model
 
-    return load_subject(BABY, device="cpu")
+    return load_model(BABY, device="cpu")

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from quantlab.evals import generation
 from quantlab.evals.generation import _Watch as Watch
 from quantlab.evals.generation import generate, pad_left
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.text2sql.data.dataset import load_items
 
 PROMPTS = ["SELECT", "The players like small games. SELECT name", "선수 이름을 모두", "CREATE TABLE players"]
@@ -110,7 +110,7 @@ def test_rows_of_a_batch_stop_one_by_one(tiny: Any) -> None:
 
 
 def test_the_unfinished_half_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = load_subject("embedded:base", device="cpu", dtype="float32")
+    subject = load_model("embedded:base", device="cpu", dtype="float32")
     items = load_items("ko_text2sql/dev.jsonl", 24)
     # As the model knows them: it writes a query and goes on.
     prompts = [f"-- {item.question}\n" for item in items]

@@ -11,9 +11,9 @@ import torch
 
 from quantlab.errors import DataError, RecipeError
 from quantlab.evals.kl_divergence import compare_logits, evaluate, percentile
-from quantlab.models.load import Subject
+from quantlab.models.load import LoadedModel
 from quantlab.progress import Silent
-from quantlab.recipe.base import FidelityOptions
+from quantlab.registry.tasks import FidelityOptions
 
 STORY = "Once upon a time there was a little girl named Lily. She liked to play outside in the sun. " * 20
 
@@ -62,7 +62,7 @@ def test_a_model_against_itself_and_against_a_damaged_copy(tiny: Any, options: F
 def test_refusals(tiny: Any, options: FidelityOptions) -> None:
     with pytest.raises(RecipeError, match="needs the original"):
         evaluate(tiny, options, progress=Silent())
-    stranger = Subject(tiny.model, _Renamed(), "cpu", "stranger", Path("x"), 1, 1)
+    stranger = LoadedModel(tiny.model, _Renamed(), "cpu", "stranger", Path("x"), 1, 1)
     with pytest.raises(DataError, match="do not share a tokenizer"):
         evaluate(tiny, options, baseline=stranger, progress=Silent())
 

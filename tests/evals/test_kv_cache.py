@@ -15,8 +15,8 @@ from quantlab.evals import run_task
 from quantlab.evals.generation import generate
 from quantlab.evals.kv_cache import Caches, Groups, QuantizedLayer, logits_of
 from quantlab.progress import Silent
-from quantlab.recipe.base import KvCacheOptions
 from quantlab.recipe.load import parse_recipe
+from quantlab.registry.tasks import KvCacheOptions
 
 HEAD = 16
 STORY = "SELECT name FROM players; 선수 이름을 모두 보여줘. " * 40

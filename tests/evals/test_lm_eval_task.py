@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def subject() -> Any:
-    from quantlab.models.load import load_subject
+    from quantlab.models.load import load_model
 
-    return load_subject("embedded:base", device="cpu", dtype="float32")
+    return load_model("embedded:base", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from quantlab.errors import DataError, RecipeError
 from quantlab.evals.perplexity import evaluate, mean_and_error, window_nll
 from quantlab.evals.windows import make_windows
 from quantlab.progress import Silent
-from quantlab.recipe.base import PerplexityOptions
+from quantlab.registry.tasks import PerplexityOptions
 
 STORY = "Once upon a time there was a little girl named Lily. She liked to play outside in the sun. " * 40
 

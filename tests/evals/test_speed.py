@@ -24,12 +24,12 @@ from quantlab.evals.speed_process import SpeedProcess
 from quantlab.evals.speed_worker import time_once
 from quantlab.models.disturbance import DISTURBED, mark, others_since
 from quantlab.models.held_memory import held_bytes
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job
 from quantlab.quant.pipeline import quantize
-from quantlab.recipe.base import KvCacheOptions, SpeedOptions
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.tasks import KvCacheOptions, SpeedOptions
 from tests.conftest import write_tiny
 
 OPTIONS = SpeedOptions(prompt_tokens=16, new_tokens=4, repeats=2)
@@ -73,7 +73,7 @@ def test_two_models_take_turns(plain: Path, small: Path) -> None:
     assert ours.metrics["decode_tok_s"] == pytest.approx(pace)
     assert "decode_ratio" not in theirs.metrics  # nobody is compared with itself
     assert ours.details["kernel"] != "torch" and theirs.details["kernel"] == "torch"
-    parameters = sum(p.nbytes for p in load_subject(plain, device="cpu").model.parameters())
+    parameters = sum(p.nbytes for p in load_model(plain, device="cpu").model.parameters())
     assert parameters <= theirs.metrics["memory_bytes"] <= 1.05 * parameters
     assert ours.metrics["memory_bytes"] < theirs.metrics["memory_bytes"]
 
@@ -212,7 +212,7 @@ def test_what_a_model_holds() -> None:
 def test_scales_beside_4_bit_weights_count(plain: Path, tmp_path: Path) -> None:
     """bitsandbytes keeps them where neither parameters() nor buffers() look."""
     quantize([Job("x", QuantizeRecipe(method="bnb-nf4"), tmp_path / "x")], str(plain), progress=Silent())
-    model = load_subject(tmp_path / "x", device="cpu").model
+    model = load_model(tmp_path / "x", device="cpu").model
     listed = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
     weights = [m.weight for m in model.modules() if type(m).__name__ == "Linear4bit"]
     scales = sum(w.quant_state.absmax.nbytes for w in weights)

@@ -11,7 +11,7 @@ import pytest
 
 from quantlab.evals.text2sql import evaluate, score, summarize
 from quantlab.progress import Silent
-from quantlab.recipe.base import Text2SqlOptions
+from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.text2sql.data.dataset import load_items
 from quantlab.text2sql.data.item import Item
 

@@ -10,16 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantlab.formats import layout
+from quantlab.formats import format_module
 from quantlab.quant.grid import Grid, round_to_grid, storable_scales
 
 pytest.importorskip("compressed_tensors")
 
-CT = layout("compressed-tensors")
+CT = format_module("compressed-tensors")
 SETTINGS: dict[str, Any] = {
-    "act_order": False,
-    "static_groups": False,
-    "damp": 0.01,
+    "options": {"damp": 0.01},
+    "floating": False,
     "quantizer": "quantlab:0",
 }
 
@@ -91,8 +90,8 @@ def test_the_package_reads_float8_alike() -> None:
 
 def test_a_column_order_is_refused_and_groups_in_place_are_not() -> None:
     with pytest.raises(ValueError, match="column order"):
-        described({"a": (4, 32)}, act_order=True)
-    static = described({"a": (4, 32)}, act_order=True, static_groups=True)
+        described({"a": (4, 32)}, options={"act_order": True})
+    static = described({"a": (4, 32)}, options={"act_order": True, "static_groups": True})
     assert scheme_of(static).weights.actorder == "weight"
 
 

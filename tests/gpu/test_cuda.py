@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.progress import Silent
 from quantlab.quant.grid import Grid, layer_loss
 from quantlab.quant.methods.gptq import solve_gptq
@@ -51,6 +51,6 @@ def test_pipeline(
     assert done.checkpoint is not None
     ids = torch.arange(1, 65)[None]
     with torch.no_grad():
-        original = load_subject(tiny, device="cpu", dtype="float32").model(input_ids=ids).logits
-        got = load_subject(done.checkpoint, device="cuda").model(input_ids=ids.cuda()).logits.float().cpu()
+        original = load_model(tiny, device="cpu", dtype="float32").model(input_ids=ids).logits
+        got = load_model(done.checkpoint, device="cuda").model(input_ids=ids.cuda()).logits.float().cpu()
     assert (got - original).norm() / original.norm() < 0.5

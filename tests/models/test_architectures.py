@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantlab.errors import DataError
-from quantlab.formats import layout
-from quantlab.models.blockwise import Opened, _Record, linears, run_block
-from quantlab.models.load import load_subject
+from quantlab.formats import format_module
+from quantlab.models.blockwise import BlockwiseModel, _Record, linears, run_block
+from quantlab.models.load import load_model
 from quantlab.models.refusals import refuse_unfit
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
@@ -67,7 +67,7 @@ class Given(nn.Module):
 def test_block_by_block_is_the_whole_model(saved: Any, name: str) -> None:
     """Embeddings, masks, rotary tables and blocks: the last hidden states, put before its own norm and head, give
     its logits. Rows go through the blocks in batches, though calls are recorded from one."""
-    opened = Opened(open_files(saved(name)), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(saved(name)), "cpu", torch.float32)
     assert all(p.device.type == "meta" for p in opened.model.parameters())
     hidden, calls = opened.inputs(IDS)
     packed = False
@@ -98,7 +98,7 @@ def test_headers_name_what_is_quantized(saved: Any, name: str) -> None:
     """Told from file headers, without torch: exactly the linears that the engine finds in the blocks."""
     files = open_files(saved(name))
     assert len(files.weight_files) > 1
-    opened = Opened(files, "cpu", torch.float32)
+    opened = BlockwiseModel(files, "cpu", torch.float32)
     found = {
         opened.names.on_disk(f"{opened.prefix}.{i}.{n}"): tuple(layer.weight.shape)
         for i, block in enumerate(opened.blocks)
@@ -113,7 +113,7 @@ def test_headers_name_what_is_quantized(saved: Any, name: str) -> None:
 def test_names_go_to_the_files_and_back(saved: Any, name: str) -> None:
     """Every tensor of the files has one place in the skeleton and the other way round; so have packed tensors."""
     files = open_files(saved(name))
-    opened = Opened(files, "cpu", torch.float32)
+    opened = BlockwiseModel(files, "cpu", torch.float32)
     inside = {n: opened.names.in_model(n) for n in files.tensors}
     assert set(inside.values()) <= set(opened.model.state_dict()) and len(set(inside.values())) == len(inside)
     assert {opened.names.on_disk(m) for m in inside.values()} == set(inside)
@@ -127,20 +127,20 @@ def test_names_go_to_the_files_and_back(saved: Any, name: str) -> None:
 
 
 def test_names_that_differ(saved: Any) -> None:
-    opened = Opened(open_files(saved("mixtral")), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(saved("mixtral")), "cpu", torch.float32)
     assert opened.names.on_disk("model.layers.1.mlp.experts.2.w3.qweight") == (
         "model.layers.1.block_sparse_moe.experts.2.w3.qweight"
     )
-    opened = Opened(open_files(saved("gpt_neox")), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(saved("gpt_neox")), "cpu", torch.float32)
     assert {"lm_head", "embed_out"} <= set(opened.kept())
-    opened = Opened(open_files(saved("qwen2_moe")), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(saved("qwen2_moe")), "cpu", torch.float32)
     assert "model.layers.0.mlp.shared_expert_gate" in opened.kept()
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_apart_compute_what_they_do_merged(saved: Any, name: str) -> None:
     """transformers' own merged module against the separated one, on routing that leaves an expert out."""
-    opened = Opened(open_files(saved(name)), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(saved(name)), "cpu", torch.float32)
     model = whole(saved(name))
     seen: dict[str, int] = {}
     last = len(opened.blocks) - 1
@@ -168,12 +168,12 @@ def test_experts_of_another_kind_are_refused(saved: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(modeling_mixtral.MixtralExperts, "forward", limited)
     with pytest.raises(DataError, match="experts"):
-        Opened(open_files(saved("mixtral")), "cpu", torch.float32)
+        BlockwiseModel(open_files(saved("mixtral")), "cpu", torch.float32)
 
 
 def test_calls_share_their_tensors(saved: Any) -> None:
     """Six blocks of two kinds hold two masks, not six, nor one for every row; copies of equal content are kept once."""
-    opened = Opened(open_files(saved("gemma2")), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(saved("gemma2")), "cpu", torch.float32)
     _, calls = opened.inputs(IDS)
     masks = [c.kwargs["attention_mask"] for c in calls]
     assert all(m is None or len(m) == 1 for m in masks) and masks[0] is not None
@@ -186,7 +186,7 @@ def test_calls_share_their_tensors(saved: Any) -> None:
 
 
 def test_calls_that_depend_on_the_tokens_are_refused(saved: Any) -> None:
-    opened = Opened(open_files(saved("llama")), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(saved("llama")), "cpu", torch.float32)
     body = opened.model.get_submodule("model")
     plain = body.forward
 
@@ -208,9 +208,9 @@ def test_a_missing_tensor_is_found_at_once(saved: Any, tmp_path: Path) -> None:
     save_file({n: t for n, t in load_file(file).items() if n != name}, file, metadata={"format": "pt"})
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="layers.1.mlp.up_proj.weight .*not in its files"):
-        Opened(open_files(model), "cpu", torch.float32)
+        BlockwiseModel(open_files(model), "cpu", torch.float32)
     with pytest.raises(DataError, match="layers.1.mlp.up_proj.weight .*not in its files"):
-        load_subject(model, device="cpu")
+        load_model(model, device="cpu")
 
 
 REFUSED = {
@@ -239,7 +239,7 @@ def test_unfit_architectures_are_refused(tmp_path: Path, name: str) -> None:
     config = getattr(transformers, kind)(**arguments)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     with pytest.raises(DataError, match=message):
-        Opened(open_files(tmp_path), "cpu", torch.float32)
+        BlockwiseModel(open_files(tmp_path), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_other_heads_are_refused_from_the_configuration(
     with pytest.raises(DataError, match=message):
         refuse_unfit(open_files(model))
     with pytest.raises(DataError, match=message):
-        Opened(open_files(model), "cpu", torch.float32)
+        BlockwiseModel(open_files(model), "cpu", torch.float32)
 
 
 def test_code_from_a_model_runs_only_when_allowed(saved: Any, tmp_path: Path) -> None:
@@ -272,12 +272,12 @@ def test_code_from_a_model_runs_only_when_allowed(saved: Any, tmp_path: Path) ->
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="needs Python code") as caught:
-        Opened(open_files(model), "cpu", torch.float32)
+        BlockwiseModel(open_files(model), "cpu", torch.float32)
     assert "--trust-remote-code" in caught.value.hint and not marker.exists()
     config.pop("auto_map")
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="no causal language model"):
-        Opened(open_files(model), "cpu", torch.float32)
+        BlockwiseModel(open_files(model), "cpu", torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -309,7 +309,7 @@ def dequantized(checkpoint: Path, target: Path) -> Path:
             plain[name] = tensor.float()
     for owner in packed:
         parts = {n[len(owner) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{owner}.")}
-        codes, scales, zeros, group = layout(told["quant_method"]).unpack(parts, bits=4, group_size=32)
+        codes, scales, zeros, group = format_module(told["quant_method"]).unpack(parts, bits=4, group_size=32)
         plain[f"{owner}.weight"] = ((codes.float() - zeros[:, group]) * scales[:, group]).contiguous()
     target.mkdir()
     save_file(plain, target / "model.safetensors", metadata={"format": "pt"})
@@ -357,7 +357,7 @@ def test_checkpoints_are_read_back(saved: Any, words: Path, tmp_path: Path, name
             assert outcome.checkpoint is not None
             plain = whole(dequantized(outcome.checkpoint, tmp_path / f"{outcome.job.name}-plain"))
             expected, wanted = logits_and_shares(plain)
-            subject = load_subject(outcome.checkpoint, device="cpu", dtype="float32")
+            subject = load_model(outcome.checkpoint, device="cpu", dtype="float32")
             got, shares = logits_and_shares(subject.model)
             alike = decided_alike(wanted, shares)
             assert alike.all() or (name in MIXTURES and alike.float().mean() > 0.5)

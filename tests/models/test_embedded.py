@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from quantlab.evals.perplexity import evaluate
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.models.safetensors.files import EMBEDDED, open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, Outcome, quantize
-from quantlab.recipe.base import PerplexityOptions
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.tasks import PerplexityOptions
 
 OPTIONS = PerplexityOptions(source="heldout.txt", max_tokens=16384)
 CALIBRATION = {"source": "calib/ko-text2sql.jsonl", "rows": 32, "seq_len": 512}
@@ -69,9 +69,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 
 
 def perplexity(ref: str | Path) -> float:
-    value = evaluate(load_subject(ref, device="cpu"), OPTIONS, baseline=None, progress=Silent()).metrics[
-        "ppl"
-    ]
+    value = evaluate(load_model(ref, device="cpu"), OPTIONS, baseline=None, progress=Silent()).metrics["ppl"]
     assert isinstance(value, float)
     return value
 
@@ -122,7 +120,7 @@ def test_plain_transformers_in_a_fresh_process(
     assert done.returncode == 0, done.stderr[-2000:]
     assert "CREATE TABLE books (" in done.stdout and len(done.stdout.split("books (")[1]) > 5
     theirs = load_file(tmp_path / "logits.safetensors")["logits"].float()
-    subject = load_subject(path, device="cpu")
+    subject = load_model(path, device="cpu")
     inputs = subject.tokenizer("CREATE TABLE books (", return_tensors="pt")
     with torch.no_grad():
         ours = subject.model(**inputs).logits.float()

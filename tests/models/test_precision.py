@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantlab.models import precision
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
@@ -52,8 +52,8 @@ def test_a_loaded_model_computes_in_what_the_processor_multiplies(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, multiplied: bool
 ) -> None:
     told(monkeypatch, architecture="x86_64", avx512_bf16=multiplied)
-    assert load_subject(tiny, device="cpu").model.dtype == (torch.bfloat16 if multiplied else torch.float32)
-    assert load_subject(tiny, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16  # as told
+    assert load_model(tiny, device="cpu").model.dtype == (torch.bfloat16 if multiplied else torch.float32)
+    assert load_model(tiny, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16  # as told
 
 
 @pytest.mark.parametrize("propagate", ["original", "quantized"])

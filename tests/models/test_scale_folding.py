@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.models.blockwise import Call, Opened, linears, run_block
+from quantlab.models.blockwise import BlockInputs, BlockwiseModel, linears, run_block
 from quantlab.models.safetensors.files import open_files
-from quantlab.models.scale_folding import Structure, fold_is_exact, probe_inputs, signature, structure
+from quantlab.models.scale_folding import ScaleFolds, fold_is_exact, probe_inputs, signature, structure
 from quantlab.models.scaled import scaled_activations
 from tests.models.tiny_architectures import ARCHITECTURES, MIXTURES, write_architecture
 
@@ -25,9 +25,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("structures")
     known: dict[str, Any] = {}
 
-    def find(name: str) -> tuple[nn.Module, torch.Tensor, Call, Structure, Opened]:
+    def find(name: str) -> tuple[nn.Module, torch.Tensor, BlockInputs, ScaleFolds, BlockwiseModel]:
         if name not in known:
-            model = Opened(open_files(write_architecture(folder / name, name)), "cpu", torch.float32)
+            model = BlockwiseModel(open_files(write_architecture(folder / name, name)), "cpu", torch.float32)
             hidden, calls = probe_inputs(model, ROWS)
             block = model.block(len(model.blocks) - 1)
             known[name] = (block, hidden, calls[-1], structure(block, hidden, calls[-1]), model)
@@ -183,7 +183,7 @@ def test_a_fold_is_exact_only_with_every_reader(
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "mixtral", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_blocks_have_the_same_structure(opened: Any, name: str, dtype: torch.dtype) -> None:
-    model = Opened(opened(name)[4].files, "cpu", dtype)
+    model = BlockwiseModel(opened(name)[4].files, "cpu", dtype)
     hidden, calls = probe_inputs(model, ROWS)
     block = model.block(len(model.blocks) - 1)
     found, expected = structure(block, hidden, calls[-1]), opened(name)[3]

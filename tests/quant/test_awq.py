@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from quantlab.models.scale_folding import LinearPair, NormFold, Structure
+from quantlab.models.scale_folding import LinearPair, NormFold, ScaleFolds
 from quantlab.quant.block import BlockView, NormInput
 from quantlab.quant.grid import Grid, layer_loss, round_to_grid
-from quantlab.quant.hessian import Moments
+from quantlab.quant.hessian import InputHessian
 from quantlab.quant.methods.awq import Realize, search_clip, search_scales, solve_awq
 from quantlab.quant.methods.awq_block import quantize_block
 from quantlab.quant.methods.rtn import quantize_block as round_block
@@ -76,9 +76,9 @@ def block_view() -> BlockView:
     def matrix(out: int, columns: int) -> torch.Tensor:
         return torch.randn(out, columns, generator=seeded) / 8
 
-    def moments(names: list[str], width: int) -> Moments:
+    def moments(names: list[str], width: int) -> InputHessian:
         x = torch.randn(500, width, generator=seeded) * torch.logspace(-1, 0.5, width)
-        return Moments(names, x.t() @ x / 500, x.abs().mean(dim=0), 500)
+        return InputHessian(names, x.t() @ x / 500, x.abs().mean(dim=0), 500)
 
     weights = {
         "attn.q_proj": matrix(64, 64), "attn.k_proj": matrix(32, 64), "attn.v_proj": matrix(32, 64),
@@ -93,7 +93,7 @@ def block_view() -> BlockView:
     values = (
         torch.arange(64) // 32 * 16 + torch.arange(64) % 16
     )  # two value heads of 16, each for two query heads
-    structure = Structure(
+    structure = ScaleFolds(
         (NormFold("norm", ("attn.q_proj", "attn.k_proj", "attn.v_proj"), ()),),
         (
             LinearPair("attn.v_proj", "attn.o_proj", values),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.models.load import keep_bnb_storage, load_subject
+from quantlab.models.load import keep_bnb_storage, load_model
 from quantlab.models.precision import cpu_multiplies
 from quantlab.progress import Silent
 from quantlab.quant.methods.bnb import bnb_config
@@ -28,7 +28,7 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["bnb-nf4", "bnb-fp4", "bnb-int8"])
 def test_saving_after_evaluation_changes_nothing(tiny: Path, tmp_path: Path, kind: str) -> None:
-    subject = load_subject(tiny, device="cpu", dtype="bfloat16", quantization=bnb_config(kind))
+    subject = load_model(tiny, device="cpu", dtype="bfloat16", quantization=bnb_config(kind))
     subject.model.save_pretrained(tmp_path / "before")
     ids = torch.arange(1, 65)[None]
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_saving_after_evaluation_changes_nothing(tiny: Path, tmp_path: Path, kin
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     subject.tokenizer.save_pretrained(tmp_path / "after")
-    again = load_subject(tmp_path / "after", device="cpu", dtype="bfloat16")
+    again = load_model(tmp_path / "after", device="cpu", dtype="bfloat16")
     with torch.no_grad():
         second = again.model(input_ids=ids).logits
     if cpu_multiplies(torch.bfloat16):
@@ -49,7 +49,7 @@ def test_saving_after_evaluation_changes_nothing(tiny: Path, tmp_path: Path, kin
 
 def test_the_guard_is_what_prevents_it(tiny: Path, tmp_path: Path) -> None:
     """Without the guard, on a CPU that has the fast path, saving after a forward pass loses the weights."""
-    subject = load_subject(tiny, device="cpu", dtype="bfloat16", quantization=bnb_config("bnb-nf4"))
+    subject = load_model(tiny, device="cpu", dtype="bfloat16", quantization=bnb_config("bnb-nf4"))
     switches = [m for m in subject.model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     assert switches and not any(m.support_avx512bf16_for_cpu for m in switches)
     from bitsandbytes.nn.modules import has_avx512bf16
@@ -78,10 +78,10 @@ def test_pipeline_writes_loadable_checkpoints(tiny: Path, tmp_path: Path, double
     recipe = QuantizeRecipe.model_validate({"method": "bnb-nf4", "double_quant": double})
     done = quantize([Job("q", recipe, tmp_path / "q")], str(tiny), device="cpu", progress=Silent())[0]
     assert done.checkpoint is not None
-    subject = load_subject(done.checkpoint, device="cpu")
+    subject = load_model(done.checkpoint, device="cpu")
     config = subject.model.config.quantization_config
     assert config.bnb_4bit_use_double_quant is double and config.bnb_4bit_quant_type == "nf4"
-    assert subject.params == load_subject(tiny, device="cpu").params
+    assert subject.params == load_model(tiny, device="cpu").params
     assert not (tmp_path / "q.partial").exists() and (tmp_path / "q" / "quantlab.json").is_file()
 
 

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from quantlab.commands.defaults import settle
-from quantlab.formats.readers import readers, transformers_reads
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.jobs import Job
 from quantlab.quant.pipeline import quantize
-from quantlab.recipe.quantize import LAYOUTS, QuantizeRecipe
+from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import FORMATS, readers, transformers_reads
 from quantlab.report.model_card import write_model_card
 from tests.conftest import byte_tokenizer
 
@@ -73,7 +73,7 @@ def test_asked_for_it_says_who_reads_it(mixture: Path, tmp_path: Path, format: s
 
 
 def test_every_layout_has_readers() -> None:
-    for format in (*LAYOUTS, "bitsandbytes", "none"):
+    for format in FORMATS:
         for experts in (False, True):
             found = readers(format, experts=experts)
             assert found.right and found.install and bool(found.wrong) == ("transformers" not in found.right)

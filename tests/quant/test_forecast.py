@@ -14,18 +14,19 @@ import torch
 
 from quantlab.commands.plan import Options, lines, plan
 from quantlab.errors import DataError, RecipeError
-from quantlab.formats import layout
+from quantlab.formats import format_module
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
-from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes, packed_entries
-from quantlab.quant.estimate.forecast import Rates, forecast, together
+from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes
+from quantlab.quant.estimate.forecast import MachineSpeed, forecast, together
 from quantlab.quant.grid import Grid, round_to_grid
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import FORMATS, Linear
 
 from ..conftest import write_tiny
 
-RATES = Rates(matmul=1e11, exact=1e11, elements=1e9, disk=1e9)
+RATES = MachineSpeed(matmul=1e11, exact=1e11, elements=1e9, disk=1e9)
 TYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
@@ -72,11 +73,11 @@ def test_entries_are_those_of_the_layouts(name: str, bits: int, group_size: int)
     if name == "awq" and bits != 4:
         pytest.skip("the layout has 4 bits only")
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    q = round_to_grid(weight, Grid(bits, group_size, True, layout(name).ZERO_MIN))
-    packed = layout(name).pack(
+    q = round_to_grid(weight, Grid(bits, group_size, True, FORMATS[name].zero_min))
+    packed = format_module(name).pack(
         q.codes, q.scales, q.zeros, q.group_of, bits=bits, group_size=group_size, symmetric=True
     )
-    entries = packed_entries(name, (64, 96), bits, group_size, "BF16")
+    entries = FORMATS[name].tensors(Linear(64, 96, bits, 1 if group_size == -1 else 96 // group_size, "BF16"))
     assert entries.keys() == packed.keys()
     for key, (dtype, shape) in entries.items():
         assert tuple(packed[key].shape) == shape
@@ -118,7 +119,7 @@ def test_sharing_is_cheaper_and_adds_up(tiny: Path) -> None:
     assert max(alone) < seconds < sum(alone) and seconds == pytest.approx(sum(f.seconds for f in found))
     forwards = forecast(recipes[0], files, RATES).parts["forwards"]
     assert sum(f.parts["forwards"] for f in found) == pytest.approx(forwards)
-    faster = Rates(*(2 * rate for rate in vars(RATES).values()))
+    faster = MachineSpeed(*(2 * rate for rate in vars(RATES).values()))
     assert together(recipes, files, faster)[1] == pytest.approx(seconds / 2)
 
 
@@ -150,10 +151,10 @@ def test_forecasting_needs_no_torch(tiny: Path) -> None:
     code = (
         "import sys\n"
         "from quantlab.models.safetensors.files import open_files\n"
-        "from quantlab.quant.estimate.forecast import Rates, forecast\n"
+        "from quantlab.quant.estimate.forecast import MachineSpeed, forecast\n"
         "from quantlab.recipe.quantize import QuantizeRecipe\n"
         "one = QuantizeRecipe.model_validate({'method': 'gptq', 'group_size': 32})\n"
-        "print(forecast(one, open_files(sys.argv[1]), Rates(1e11, 1e11, 1e9, 1e9)).size_bytes)\n"
+        "print(forecast(one, open_files(sys.argv[1]), MachineSpeed(1e11, 1e11, 1e9, 1e9)).size_bytes)\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tiny)], capture_output=True, text=True)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.models.blockwise import Opened, linears, run_block
+from quantlab.models.blockwise import BlockwiseModel, linears, run_block
 from quantlab.models.safetensors.files import open_files
 from quantlab.quant.block_view import norm_offset
-from quantlab.quant.hessian import Collector, Enough, Moments
+from quantlab.quant.hessian import Collector, InputHessian, StopForward
 
 
 def test_sums_agree_with_float64() -> None:
     seeded = torch.Generator().manual_seed(0)
     x = (torch.randn(4000, 48, generator=seeded) * torch.logspace(-2, 1.5, 48)).to(torch.bfloat16)
-    moments = Moments(["a"], torch.zeros(48, 48), torch.zeros(48))
+    moments = InputHessian(["a"], torch.zeros(48, 48), torch.zeros(48))
     for part in x.split(700):
         moments.add(part[None])
     moments.finish()
@@ -32,7 +32,7 @@ def test_sums_are_in_float32_whatever_the_inputs_are(dtype: torch.dtype) -> None
     """Wide enough for the products that matrix instructions do: what they round must not be anything."""
     x = torch.randn(6000, 384, generator=torch.Generator().manual_seed(1)).to(dtype)
     before = torch.backends.mkldnn.matmul.fp32_precision
-    moments = Moments.empty("a", 384)
+    moments = InputHessian.empty("a", 384)
     moments.add(x)
     moments.finish()
     exact = x.double().t() @ x.double() / len(x)
@@ -41,7 +41,7 @@ def test_sums_are_in_float32_whatever_the_inputs_are(dtype: torch.dtype) -> None
 
 
 def test_which_layers_share_is_observed(tiny: Path) -> None:
-    opened = Opened(open_files(tiny), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(tiny), "cpu", torch.float32)
     rows = torch.randint(1, 257, (3, 16), generator=torch.Generator().manual_seed(0))
     hidden, calls = opened.inputs(rows)
     block = opened.block(1)
@@ -60,7 +60,7 @@ def test_which_layers_share_is_observed(tiny: Path) -> None:
 
 
 def test_a_forward_ends_at_the_last_linear_where_only_inputs_are_wanted(tiny: Path) -> None:
-    opened = Opened(open_files(tiny), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(tiny), "cpu", torch.float32)
     rows = torch.randint(1, 257, (3, 16), generator=torch.Generator().manual_seed(0))
     hidden, calls = opened.inputs(rows)
     block = opened.block(1)
@@ -72,7 +72,7 @@ def test_a_forward_ends_at_the_last_linear_where_only_inputs_are_wanted(tiny: Pa
             for i in range(3):
                 try:
                     run_block(block, hidden[i : i + 1], calls[1])
-                except Enough:
+                except StopForward:
                     ended += 1
                 collector.next_batch()
         handle.remove()
@@ -89,7 +89,7 @@ def test_block_by_block_equals_the_whole_model(tiny: Path) -> None:
     """The stubs record what every block is called with: run alone, the blocks compute the model's hidden states."""
     from transformers import AutoModelForCausalLM
 
-    opened = Opened(open_files(tiny), "cpu", torch.float32)
+    opened = BlockwiseModel(open_files(tiny), "cpu", torch.float32)
     rows = torch.randint(1, 257, (2, 24), generator=torch.Generator().manual_seed(1))
     hidden, calls = opened.inputs(rows)
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from quantlab.errors import MachineError
 from quantlab.models.safetensors.files import open_files
-from quantlab.quant.checkpoint import CheckpointWriter, partial_path, state_path, tidy
+from quantlab.quant.checkpoint import CheckpointWriter
+from quantlab.quant.checkpoint_paths import partial_path, state_path, tidy
 
 from ..conftest import write_tiny
 

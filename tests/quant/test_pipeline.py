@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from quantlab.errors import DataError, MachineError, RecipeError
-from quantlab.formats import layout
-from quantlab.models.load import load_subject
+from quantlab.formats import format_module
+from quantlab.models.load import load_model
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, Outcome, check, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import FORMATS
 
 from ..conftest import SHARED, write_tiny
 
@@ -50,10 +51,11 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     for file in sorted(checkpoint.glob("*.safetensors")):
         tensors |= load_file(file)
     config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    module = layout("awq" if config["quant_method"] == "awq" else "gptq")
+    kind = "awq" if config["quant_method"] == "awq" else "gptq"
+    module = format_module(kind)
     found = {}
     for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
-        parts = {s: tensors[f"{name}.{s}"] for s in module.SUFFIXES}
+        parts = {s: tensors[f"{name}.{s}"] for s in FORMATS[kind].suffixes}
         codes, scales, zeros, group = module.unpack(
             parts, bits=config["bits"], group_size=config["group_size"]
         )
@@ -63,7 +65,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = load_subject(path, device="cpu", dtype="float32").model(input_ids=ids).logits
+        found: torch.Tensor = load_model(path, device="cpu", dtype="float32").model(input_ids=ids).logits
     return found
 
 
@@ -84,7 +86,7 @@ def test_transformers_reads_what_was_solved(
     outcome = run(tiny, tmp_path, {"q": recipe(method, calibration_file, **keys)})["q"]
     assert outcome.checkpoint is not None
     ids = torch.randint(1, 257, (2, 48), generator=torch.Generator().manual_seed(0))
-    subject = load_subject(tiny, device="cpu", dtype="float32")
+    subject = load_model(tiny, device="cpu", dtype="float32")
     state = subject.model.state_dict()
     from safetensors.torch import load_file
 
@@ -273,9 +275,9 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model", tie=True)
     done = run(model, tmp_path, {"q": recipe("rtn", group_size=32)})["q"].checkpoint
     assert done is not None
-    subject = load_subject(done, device="cpu")
+    subject = load_model(done, device="cpu")
     assert subject.model.get_input_embeddings().weight is subject.model.get_output_embeddings().weight
-    assert subject.params == load_subject(model, device="cpu").params
+    assert subject.params == load_model(model, device="cpu").params
 
 
 def test_real_model_gptq_beats_rtn_and_awq_never_loses(baby: Path, tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_real_model_gptq_beats_rtn_and_awq_never_loses(baby: Path, tmp_path: Pat
     rtn, awq = outcomes["rtn"].loss, outcomes["awq"].loss
     assert len(rtn) == 5 * 7 and set(rtn) == set(awq)
     assert [name for name in rtn if awq[name] > rtn[name]] == []
-    subjects = {n: load_subject(o.checkpoint, device="cpu") for n, o in outcomes.items() if o.checkpoint}
+    subjects = {n: load_model(o.checkpoint, device="cpu") for n, o in outcomes.items() if o.checkpoint}
     text = corpus[600_000:640_000]
     ids = torch.tensor(
         subjects["rtn"].tokenizer(text, add_special_tokens=False)["input_ids"][: 256 * 40]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.models.blockwise import Opened, linears
+from quantlab.models.blockwise import BlockwiseModel, linears
 from quantlab.models.lm_head import head
 from quantlab.models.safetensors.files import open_files
 from quantlab.quant.mixed_precision.sensitivity import Probe, sensitivities
@@ -42,8 +42,8 @@ def write(folder: Path, kind: str) -> Path:
     return folder
 
 
-def opened(folder: Path) -> Opened:
-    return Opened(open_files(folder), "cpu", torch.float32)
+def opened(folder: Path) -> BlockwiseModel:
+    return BlockwiseModel(open_files(folder), "cpu", torch.float32)
 
 
 def whole(folder: Path, rows: torch.Tensor, seed: int) -> dict[str, float]:
@@ -107,7 +107,7 @@ def test_the_head_alone_gives_the_logits_of_the_model(kind: str, tmp_path: Path)
 
 def test_the_head_of_a_tied_model_in_bfloat16(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "tied", tie=True)
-    found = sensitivities(Opened(open_files(folder), "cpu", torch.bfloat16), ROWS)
+    found = sensitivities(BlockwiseModel(open_files(folder), "cpu", torch.bfloat16), ROWS)
     exact = sensitivities(opened(folder), ROWS)
     for name, value in exact.items():  # other labels may be drawn, and squares of gradients are not exact
         assert found[name] == pytest.approx(value, rel=0.5), name

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantlab.errors import DataError
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.progress import Silent
 from quantlab.quant.grid import Grid, layer_loss
 from quantlab.quant.methods.gptq import prepare, solve_many
@@ -154,7 +154,7 @@ def test_widths_are_chosen_and_the_checkpoint_is_what_was_solved(
         for block in range(3):
             named = [widths[f"model.layers.{block}.self_attn.{p}_proj"] for p in "qkv"]
             assert len({*named}) == 1
-    subject = load_subject(tmp_path / "auto", device="cpu", dtype="float32")
+    subject = load_model(tmp_path / "auto", device="cpu", dtype="float32")
     with torch.no_grad():
         assert torch.isfinite(subject.model(input_ids=torch.arange(1, 9)[None]).logits).all()
 

@@ -14,14 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantlab.errors import MachineError, QuantlabError
-from quantlab.models.blockwise import Opened
-from quantlab.models.load import load_subject
+from quantlab.models.blockwise import BlockwiseModel
+from quantlab.models.load import load_model
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.block import BlockResult
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.quant.verify.reference_logits import Expected, Probe, expected_of, probe_rows, streamed_logits
-from quantlab.quant.verify.reload import Claim, compare, prove, require, tolerance
+from quantlab.quant.verify.reference_logits import (
+    Expected,
+    ReferencePass,
+    expected_of,
+    probe_rows,
+    streamed_logits,
+)
+from quantlab.quant.verify.reload import Check, compare, raise_if_failed, tolerance, verify
 from quantlab.recipe.quantize import QuantizeRecipe
 
 ROWS = probe_rows(None, 257, tokens=32)
@@ -53,11 +59,11 @@ def made(tiny: Path, calibration_file: Path, tmp_path_factory: pytest.TempPathFa
 def test_the_probe_is_the_model(tiny: Path) -> None:
     """With nothing quantized, the probe's walk over borrowed weights gives the logits of the model loaded whole."""
     files = open_files(tiny)
-    probe = Probe(files, ROWS, "cpu", torch.bfloat16)
+    probe = ReferencePass(files, ROWS, "cpu", torch.bfloat16)
     hidden = probe.start()
     for index in range(3):
         hidden = probe.through(index, hidden, BlockResult())
-    whole = load_subject(tiny, device="cpu", dtype="float32").model
+    whole = load_model(tiny, device="cpu", dtype="float32").model
     with torch.no_grad():
         expected = whole(input_ids=ROWS).logits
     assert compare(expected, probe.logits(hidden).logits)[1] < 1e-6
@@ -72,7 +78,7 @@ def test_rounding_is_measured_on_the_model(tiny: Path, made: dict[str, Path]) ->
         assert compare(found.logits, streamed_logits(path, ROWS))[1] < 1e-6
         _, rounded, _, _ = compare(found.logits, found.rounded)
         assert 1e-3 < rounded < 0.05
-    whole = load_subject(tiny, device="cpu", dtype="bfloat16").model
+    whole = load_model(tiny, device="cpu", dtype="bfloat16").model
     with torch.no_grad():
         everything = compare(expected_of(tiny, ROWS).logits, whole(input_ids=ROWS).logits.float())[1]
     rounded = compare(*vars(expected_of(tiny, ROWS)).values())[1]
@@ -84,9 +90,9 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 
     model = write_tiny(tmp_path / "m", tie=True)
     with torch.no_grad():
-        expected = load_subject(model, device="cpu", dtype="float32").model(input_ids=ROWS).logits
+        expected = load_model(model, device="cpu", dtype="float32").model(input_ids=ROWS).logits
     assert compare(expected, streamed_logits(model, ROWS))[1] < 1e-6
-    probe = Probe(open_files(model), ROWS, "cpu", torch.bfloat16)
+    probe = ReferencePass(open_files(model), ROWS, "cpu", torch.bfloat16)
     hidden = probe.start()
     for index in range(3):
         hidden = probe.through(index, hidden, BlockResult())
@@ -96,8 +102,9 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 def intended(tiny: Path, checkpoint: Path) -> torch.Tensor:
     """Logits of the original model with the checkpoint's weights written into it, loaded whole: another way to the same
     numbers."""
-    from quantlab.formats import layout
+    from quantlab.formats import format_module
     from quantlab.quant.verify.reference_logits import packed_linears, width_of
+    from quantlab.registry.formats import FORMATS
 
     files = open_files(checkpoint)
     config = files.quantized
@@ -105,11 +112,15 @@ def intended(tiny: Path, checkpoint: Path) -> torch.Tensor:
     stored: dict[str, torch.Tensor] = {}
     for file in files.weight_files:
         stored |= load_file(file)
-    model = load_subject(tiny, device="cpu", dtype="float32").model
+    model = load_model(tiny, device="cpu", dtype="float32").model
     state = model.state_dict()
-    reader = layout(config["quant_method"])
+    reader = format_module(config["quant_method"])
     for name in packed_linears(files):
-        parts = {s: stored[f"{name}.{s}"] for s in reader.SUFFIXES if f"{name}.{s}" in stored}
+        parts = {
+            s: stored[f"{name}.{s}"]
+            for s in FORMATS[config["quant_method"]].suffixes
+            if f"{name}.{s}" in stored
+        }
         bits, size = width_of(config, name)
         codes, scales, zeros, group = reader.unpack(parts, bits=bits, group_size=size)
         state[f"{name}.weight"].copy_((codes.float() - zeros[:, group]) * scales[:, group])
@@ -122,10 +133,10 @@ def intended(tiny: Path, checkpoint: Path) -> torch.Tensor:
 
 
 def test_all_kinds_are_proven_both_ways(tiny: Path, made: dict[str, Path]) -> None:
-    claims = [Claim(path, intended(tiny, path), name) for name, path in made.items()]
+    claims = [Check(path, intended(tiny, path), name) for name, path in made.items()]
     for limit, how in ((None, "transformers"), (1000, "streamed")):
-        for claim, proof in zip(claims, prove(claims, ROWS, memory_limit=limit), strict=True):
-            require(proof, claim.label)
+        for claim, proof in zip(claims, verify(claims, ROWS, memory_limit=limit), strict=True):
+            raise_if_failed(proof, claim.label)
             assert proof.how == how, (claim.label, proof.why)
             assert proof.relative < (1e-5 if how == "streamed" else 3e-2), claim.label
             assert proof.tolerance.relative < 0.1
@@ -146,15 +157,15 @@ def test_small_damage_is_found(tiny: Path, made: dict[str, Path], tmp_path: Path
     for kind in ("nothing", *DAMAGE):
         shutil.copytree(made["gptq"], tmp_path / kind)
         damage(tmp_path / kind / "model-00002-of-00004.safetensors", kind)
-        claims.append(Claim(tmp_path / kind, expected, kind))
-    whole, *damaged = prove(claims, ROWS, memory_limit=1000 if how == "streamed" else None)
-    require(whole, "nothing")
+        claims.append(Check(tmp_path / kind, expected, kind))
+    whole, *damaged = verify(claims, ROWS, memory_limit=1000 if how == "streamed" else None)
+    raise_if_failed(whole, "nothing")
     for proof, kind in zip(damaged, DAMAGE, strict=True):
         assert proof.how == how and not proof.passed and proof.relative > 0.03, kind
         with pytest.raises(
             QuantlabError, match=r"q: reloaded .* does not compute what was intended"
         ) as caught:
-            require(proof, "q", tmp_path / "q.failed")
+            raise_if_failed(proof, "q", tmp_path / "q.failed")
         assert "q.failed" in caught.value.hint
 
 
@@ -180,14 +191,14 @@ def test_what_cannot_be_loaded_is_said(tiny: Path, made: dict[str, Path], tmp_pa
     config["num_hidden_layers"] = 4
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(QuantlabError, match=r"label: the finished checkpoint cannot be loaded: .*layers\.3"):
-        prove([Claim(broken, NOTHING, "label")], ROWS, memory_limit=1000)
+        verify([Check(broken, NOTHING, "label")], ROWS, memory_limit=1000)
     with pytest.raises(QuantlabError, match="returns logits"):
-        prove([Claim(made["gptq"], NOTHING, "label")], ROWS, memory_limit=1000)
+        verify([Check(made["gptq"], NOTHING, "label")], ROWS, memory_limit=1000)
 
 
 def test_no_process_is_left_behind(made: dict[str, Path]) -> None:
     with pytest.raises(MachineError, match="took more than"):
-        prove([Claim(made["gptq"], NOTHING, "q")], ROWS, seconds=0.5)
+        verify([Check(made["gptq"], NOTHING, "q")], ROWS, seconds=0.5)
     assert not [
         p for p in psutil.Process().children(recursive=True) if "verify.worker" in " ".join(p.cmdline())
     ]
@@ -212,8 +223,8 @@ def test_solved_blocks_are_what_the_probe_follows(tiny: Path, made: dict[str, Pa
     from quantlab.quant.grid import Grid, round_to_grid
 
     files = open_files(tiny)
-    opened = Opened(files, "cpu", torch.bfloat16)
-    probe = Probe(files, ROWS, "cpu", torch.bfloat16)
+    opened = BlockwiseModel(files, "cpu", torch.bfloat16)
+    probe = ReferencePass(files, ROWS, "cpu", torch.bfloat16)
     hidden = probe.start()
     grid = Grid(3, 32, False)
     for index in range(3):
@@ -225,7 +236,7 @@ def test_solved_blocks_are_what_the_probe_follows(tiny: Path, made: dict[str, Pa
         hidden = probe.through(index, hidden, BlockResult(solved, replaced))
         assert not torch.allclose(hidden, probe.through(index, before, BlockResult(solved)))
         opened.empty(block)
-    subject = load_subject(tiny, device="cpu", dtype="float32").model
+    subject = load_model(tiny, device="cpu", dtype="float32").model
     for block in subject.model.layers:
         for layer in linears(block).values():
             layer.weight.data = round_to_grid(layer.weight.detach(), grid).dequantize()

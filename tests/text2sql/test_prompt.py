@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from quantlab.errors import DataError, RecipeError
-from quantlab.recipe.base import Text2SqlOptions
 from quantlab.recipe.load import parse_recipe
+from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.text2sql.data.dataset import load_items
 from quantlab.text2sql.data.item import Item
 from quantlab.text2sql.prompt.few_shot import select_shots
@@ -224,7 +224,7 @@ def test_the_task_asks_as_the_options_say(tokenizer: Any, tmp_path: Path) -> Non
     """Through the task, with the real model: the samples say how each question was asked."""
     pytest.importorskip("torch")
     from quantlab.evals.text2sql import evaluate
-    from quantlab.models.load import load_subject
+    from quantlab.models.load import load_model
     from quantlab.progress import Silent
     from quantlab.text2sql.prompt.for_model import prompt_room
 
@@ -240,7 +240,7 @@ def test_the_task_asks_as_the_options_say(tokenizer: Any, tmp_path: Path) -> Non
             {**row, "id": "long", "question": "모두 몇 개야?", "context": long},
         ],
     )
-    subject = load_subject("embedded:base", device="cpu")
+    subject = load_model("embedded:base", device="cpu")
     subject.tokenizer.chat_template = CHATML
     assert prompt_room(subject.model, 192) == 1024 - 128 and prompt_room(subject.model, 8) == 1024 - 8
     options = Text2SqlOptions(

@@ -17,9 +17,9 @@ from benchmark_files import make_database, write_csv, write_json, write_jsonl
 from quantlab.errors import DataError
 from quantlab.evals import text2sql
 from quantlab.evals.text2sql import evaluate
-from quantlab.models.load import load_subject
+from quantlab.models.load import load_model
 from quantlab.progress import Silent
-from quantlab.recipe.base import Text2SqlOptions
+from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.text2sql.data.dataset import digest, distinct_ids, id_notes, load_items
 from quantlab.text2sql.data.item import BadRow
 from quantlab.text2sql.data.predictions import read_judge, read_predictions
@@ -293,7 +293,7 @@ def test_a_model_measured_on_repeats(bird: Path) -> None:
 
     progress = Listening()
     options = Text2SqlOptions(data=f"bird:{bird}", max_new_tokens=1)
-    result = evaluate(load_subject("embedded:base", device="cpu"), options, progress=progress)
+    result = evaluate(load_model("embedded:base", device="cpu"), options, progress=progress)
     assert f"bird:{bird} {NOTE}" in progress.said and result.details["notes"] == [f"bird:{bird} {NOTE}"]
     assert [sample.id for sample in result.samples] == CALLED
     assert text2sql.summarize(result.samples)["items"] == 8

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from quantlab.report.html import COLOURS
+from quantlab.registry.methods import METHODS
 from quantlab.report.leaderboard import recipe_name
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ NAMES, ACCURACY, SIZE = (
     (170, 490),
     (560, 690),
 )  # where names start, and the two scales from pixel to pixel
-INK, FAINT, OTHER, PLAIN = "#24292f", "#d0d7de", "#8e44ad", "#555555"
+INK, FAINT, PLAIN = "#24292f", "#d0d7de", "#555555"
 
 Row = Mapping[str, str]
 
@@ -54,7 +54,7 @@ def draw(rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row, y: float, largest: float) -> list[str]:
-    colour = PLAIN if row["stage"] != "quantized" else COLOURS.get(row["method"], OTHER)
+    colour = METHODS[row["method"]].colour if row["stage"] == "quantized" else PLAIN
     low, value, high = (_place(100 * float(row[name]), 100, ACCURACY) for name in ("ex_low", "ex", "ex_high"))
     size = int(row["size_bytes"]) / 1e6
     right = _place(size, largest, SIZE)

@@ -114,32 +114,45 @@ def methods() -> str:
     names = ("bits", "group_size", "symmetric", "format")
     rows = []
     for method in sources.methods():
-        cells = []
-        for name in names:
-            value = str(method.filled[name]).lower()
-            cells.append(code(value) + (" (fixed)" if name in method.fixed else ""))
+        cells = [code(str(method.filled[name]).lower()) for name in names]
         own = ", ".join(code(name) for name in method.own if name not in names)
-        rows.append((code(method.name), method.meaning, *cells, own))
+        choice = "no" if method.fixed else "yes"
+        calibrates = "yes" if method.calibrated else "no"
+        rows.append((code(method.name), method.meaning, calibrates, *cells, choice, own))
     formats = [
-        (code(found.name), found.meaning, found.readers, found.expert_readers) for found in sources.formats()
+        (
+            code(found.name),
+            found.meaning,
+            ", ".join(map(str, found.bits)),
+            ", ".join(found.abilities),
+            found.readers,
+            found.expert_readers,
+        )
+        for found in sources.formats()
     ]
     return (
         "# Methods and formats\n\n## Methods\n\nThe values of `bits`, `group_size`, `symmetric` and `format` are what "
-        "a recipe gets that names only the method.\n\n"
-        + table(("method", "what it does", *names, "further keys"), rows)
-        + "\nAWQ at a width other than 4 is written in the gptq layout. `bits: auto` is for methods that calibrate, "
-        "in compressed-tensors. A mixture of experts is written as compressed-tensors unless the recipe names a "
-        "format.\n\n## Formats\n\n"
-        + table(("format", "what it holds", "dense models", "mixtures of experts"), formats)
+        "a recipe gets that names only the method; *choice* says whether it can name others.\n\n"
+        + table(("method", "what it does", "calibrates", *names, "choice", "further keys"), rows)
+        + "\nAWQ at a width other than 4 is written in the gptq format. `bits: auto` is for methods that calibrate, "
+        "in a format with a width per layer. A mixture of experts is written as compressed-tensors unless the recipe "
+        "names a format.\n\n## Formats\n\n"
+        + table(
+            ("format", "what it is", "bits", "also holds", "dense models", "mixtures of experts"), formats
+        )
     )
 
 
 def tasks() -> str:
-    rows = [(code(name), meaning) for name, meaning in sources.tasks()]
+    rows = [
+        (code(task.name), task.meaning, ", ".join(map(code, task.columns)) or "in `run.json`")
+        for task in sources.tasks()
+    ]
     return (
         "# Tasks\n\nWhat `evaluate:` in a recipe and `--task` on the command line take. How each one measures is "
-        "under [What is measured](../explanation/measures.md), its options under [Keys of tasks](recipe-tasks.md).\n\n"
-        + table(("task", "what it measures"), rows)
+        "under [What is measured](../explanation/measures.md), its options under [Keys of tasks](recipe-tasks.md), its "
+        "columns under [Columns of the leaderboard](leaderboard.md).\n\n"
+        + table(("task", "what it measures", "columns"), rows)
     )
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quantlab.recipe.load import json_schema, parse_recipe
-from tools.docs.meanings import COLUMNS, FORMATS, KEYS, METHODS, TASKS
 
 WIDTH = 100  # of the help texts
 
@@ -46,9 +45,11 @@ def keys(kind: str) -> list[Key]:
 def _walk(schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str) -> Iterator[Key]:
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
+        if name == "kind":
+            continue  # the page is about one kind
         dotted = f"{prefix}{name}"
         inner = _inner(field, definitions)
-        meaning = field.get("description") or KEYS.get(dotted) or KEYS.get(name if prefix else dotted, "")
+        meaning = field.get("description", "")
         if inner is None:
             value = field["default"] if "default" in field else _default_of(schema, name)
             default = "" if name in required else _json(value)
@@ -56,6 +57,7 @@ def _walk(schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
         else:
             optional = "anyOf" in field
             default = "" if name in required else ("null" if optional else "")
+            meaning = meaning or (f"options of {name}" if prefix == "tasks." else "")
             yield Key(dotted, "section" + (" or null" if optional else ""), default, meaning, section=True)
             yield from _walk(inner, definitions, f"{dotted}.")
 
@@ -157,60 +159,79 @@ class Method(NamedTuple):
     name: str
     meaning: str
     filled: Mapping[str, Any]  # bits, group_size, symmetric, format
+    fixed: bool  # whether these are the only ones
     own: tuple[str, ...]  # keys that not every method has
-    fixed: tuple[str, ...]  # those of `filled` that cannot be chosen
+    calibrated: bool
 
 
 def methods() -> list[Method]:
     from quantlab.recipe.quantize import usable
+    from quantlab.registry.methods import METHODS
 
-    names = kinds()["quantize"]["properties"]["method"]["enum"]
     plain = [key.name for key in keys("quantize") if "." not in key.name]
     found = []
-    for name in names:
+    for name, method in METHODS.items():
         recipe: Any = parse_recipe(f"kind: quantize\nmethod: {name}\n")
         filled = {key: getattr(recipe, key) for key in ("bits", "group_size", "symmetric", "format")}
         own = tuple(
             key
             for key in plain
-            if usable(f"{key}=x", name) and not all(usable(f"{key}=x", other) for other in names)
+            if usable(f"{key}=x", name) and not all(usable(f"{key}=x", other) for other in METHODS)
         )
-        fixed = tuple(key for key in filled if key not in own)
-        found.append(Method(name, METHODS.get(name, ""), filled, own, fixed))
+        found.append(Method(name, method.about, filled, method.fixed is not None, own, method.calibrated))
     return found
 
 
 class Format(NamedTuple):
     name: str
     meaning: str
+    bits: tuple[int, ...]
+    abilities: tuple[str, ...]
     readers: str
     expert_readers: str
 
 
 def formats() -> list[Format]:
-    from quantlab.formats.readers import readers
+    from quantlab.registry.formats import FORMATS, readers
 
+    words = {"asymmetric": "asymmetric grids", "ordered": "column order", "mixed": "a width per layer"}
     return [
         Format(
-            name, FORMATS.get(name, ""), readers(name, experts=False).text, readers(name, experts=True).text
+            name,
+            found.about,
+            found.bits,
+            tuple(words[ability] for ability in words if getattr(found, ability)),
+            readers(name, experts=False).text,
+            readers(name, experts=True).text,
         )
-        for name in kinds()["quantize"]["properties"]["format"]["enum"]
+        for name, found in FORMATS.items()
     ]
 
 
-def tasks() -> list[tuple[str, str]]:
-    """(name, meaning) of every task."""
-    from quantlab.evals import IN_TURN
-    from quantlab.evals import TASKS as TABLE
+class Task(NamedTuple):
+    name: str
+    meaning: str
+    columns: tuple[str, ...]
 
-    return [(name, TASKS.get(name, "")) for name in (*TABLE, *IN_TURN)]
+
+def tasks() -> list[Task]:
+    from quantlab.registry.tasks import TASKS
+
+    return [
+        Task(
+            f"{name}:<name>" if task.named else name,
+            task.about,
+            tuple(column.name for column in task.columns),
+        )
+        for name, task in TASKS.items()
+    ]
 
 
 def columns() -> list[tuple[str, str]]:
     """(name, meaning) of every column of the leaderboard, in their order."""
-    from quantlab.runs.leaderboard import COLUMNS as TABLE
+    from quantlab.runs.leaderboard import MEANINGS
 
-    return [(name, COLUMNS.get(name, "")) for name in TABLE]
+    return list(MEANINGS.items())
 
 
 def exit_codes() -> list[tuple[int, str, str]]:

@@ -12,4 +12,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantlab.errors import RecipeError
+from quantlab.paths import file_digest, find_source, short_hash
+from quantlab.registry.tasks import LmEvalOptions
+
 FOLDER = Path(__file__).resolve().parent
+
+
+def options_digest(options: LmEvalOptions) -> str:
+    """Names the task files of `include_path`; "" without them."""
+    if not options.include_path:
+        return ""
+    folder = find_source(options.include_path)
+    if not folder.is_dir():
+        raise RecipeError(f"tasks.lm_eval.include_path: {folder} is not a directory")
+    return short_hash([file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()])

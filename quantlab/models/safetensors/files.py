@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError, MachineError
-from quantlab.models.safetensors.weight_files import ADAPTER_CONFIG, WeightFiles, find_weight_files, read_json
+from quantlab.models.safetensors.weight_files import (
+    ADAPTER_CONFIG,
+    WeightFiles,
+    find_weight_files,
+    own_format,
+    read_json,
+)
 from quantlab.paths import PACKAGE, nearest
 
 EMBEDDED = PACKAGE / "models" / "embedded"
@@ -183,8 +189,9 @@ def open_files(ref: str | Path) -> ModelFiles:
     config = read_json(config_file)
     found = find_weight_files(name, path, config)
     tensors: dict[str, TensorInfo] = {}
-    for file in found.read:
-        tensors.update(read_header(file))
+    if own_format(config) is None:
+        for file in found.read:
+            tensors.update(read_header(file))
     return ModelFiles(name, path, config, tensors, found)
 
 

@@ -6,6 +6,9 @@ shards of ``model.safetensors.index.json``. An ``adapter_config.json`` beside it
 ``adapter_model.safetensors`` on top (``integrations/peft.py``, ``maybe_load_adapters``). A directory that was saved in
 shards and later as one file holds both: the single file counts, the older index says nothing.
 
+A checkpoint in a format with files of its own (``Format.load`` of the registry) names them in its
+``quantization_config``, under ``files``.
+
 Not covered: pickled weights, which are refused, and ``variant`` files, which transformers reads only when asked.
 """
 
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError
+from quantlab.registry.formats import FORMATS, Format
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPLICIT = "transformers_weights"  # the key of config.json that names another file
@@ -53,6 +57,8 @@ def find_weight_files(name: str, path: Path, config: Mapping[str, Any]) -> Weigh
             adapter.
     """
     index = None
+    if exported := _exported(name, path, config):
+        return WeightFiles(exported, None, ())
     if config.get(EXPLICIT) is not None:
         chosen = _explicit(name, path, config[EXPLICIT])
     elif (path / SINGLE).is_file():
@@ -156,3 +162,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object")
     return content
+
+
+def own_format(config: Mapping[str, Any]) -> Format | None:
+    """The format of a checkpoint that quantlab opens itself, its weights being no safetensors; None for any other."""
+    described = config.get("quantization_config")
+    kind = described.get("quant_method") if isinstance(described, dict) else None
+    found = FORMATS.get(kind) if isinstance(kind, str) else None
+    return found if found is not None and found.load else None
+
+
+def _exported(name: str, path: Path, config: Mapping[str, Any]) -> tuple[Path, ...]:
+    if own_format(config) is None:
+        return ()
+    files = config["quantization_config"].get("files")
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
+        raise DataError(f"{name}: config.json names no weight files (quantization_config.files)")
+    for file in files:
+        if Path(file).name != file or not (path / file).is_file():
+            raise DataError(f"{name}: no weight file {file} in {path}")
+    return tuple(path / file for file in files)

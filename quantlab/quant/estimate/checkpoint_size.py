@@ -22,6 +22,8 @@ from collections import Counter
 from quantlab.models.safetensors.files import ModelFiles, TensorInfo
 from quantlab.models.safetensors.header import Entry, file_bytes
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import FORMATS, Linear
+from quantlab.registry.methods import METHODS
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -31,7 +33,7 @@ def checkpoint_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
     """Bytes of the weight files that a recipe makes of a model."""
     if recipe.method == "none":
         return files.size_bytes
-    if recipe.method.startswith("bnb-"):
+    if METHODS[recipe.method].whole:
         return file_bytes(_bitsandbytes(recipe, files))
     if recipe.bits != "auto":
         return _packed_bytes(recipe, files, recipe.bits)
@@ -52,34 +54,6 @@ def stored_float(files: ModelFiles, wish: str) -> str:
     return "F16" if found == "F32" else found
 
 
-def packed_entries(
-    layout: str, shape: tuple[int, int], bits: int, group_size: int, plain: str, *, floating: bool = False
-) -> dict[str, Entry]:
-    """Types and shapes of the tensors of a linear [out, in]; ``plain`` is the type of plain tensors."""
-    rows, columns = shape
-    groups = 1 if group_size == -1 else columns // group_size
-    if layout == "gptq":
-        return {
-            "qweight": ("I32", (columns * bits // 32, rows)),
-            "qzeros": ("I32", (groups, rows * bits // 32)),
-            "scales": ("F16", (groups, rows)),
-            "g_idx": ("I32", (columns,)),
-        }
-    if layout == "awq":
-        return {
-            "qweight": ("I32", (columns, rows * bits // 32)),
-            "qzeros": ("I32", (groups, rows * bits // 32)),
-            "scales": ("F16", (groups, rows)),
-        }
-    if floating:
-        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": (plain, (rows, 1))}
-    return {
-        "weight_packed": ("I32", (rows, -(-columns * bits // 32))),
-        "weight_scale": (plain, (rows, groups)),
-        "weight_shape": ("I64", (2,)),
-    }
-
-
 def _packed_bytes(recipe: QuantizeRecipe, files: ModelFiles, bits: int) -> int:
     """One file a block, and one for the rest."""
     linears, prefix = files.block_linears(), files.block_prefix + "."
@@ -89,10 +63,10 @@ def _packed_bytes(recipe: QuantizeRecipe, files: ModelFiles, bits: int) -> int:
         part = parts.setdefault(_block_of(name, prefix), {})
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and owner in linears:
-            floating = recipe.method == "fp8"
-            packed = packed_entries(
-                recipe.format, linears[owner], bits, recipe.group_size, plain, floating=floating
-            )
+            rows, columns = linears[owner]
+            groups = 1 if recipe.group_size == -1 else columns // recipe.group_size
+            linear = Linear(rows, columns, bits, groups, plain, METHODS[recipe.method].floating)
+            packed = FORMATS[recipe.format].tensors(linear)
             part.update({f"{owner}.{key}": entry for key, entry in packed.items()})
         else:
             part[name] = _as_plain(info, plain)

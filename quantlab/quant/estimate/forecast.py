@@ -19,10 +19,7 @@ matrices [out, in]::
 
     forwards     (2 P + 4 seq_len width) T   one for all recipes that propagate original outputs, two for each other
     H            in^2 T                      a distinct input
-    factors      in^3                        a distinct input, Cholesky and triangular inverse
-    gptq         out in^2  and  40 out in elementwise
-    awq          (2 * 128 * steps + 16 out) in^2  and  (60 + 22 * clip steps) out in elementwise
-    rtn, fp8     12 out in elementwise
+    solving      ``Method.cost`` of the registry: products, and passes over all weights
 
 The constants were fitted to measurements of this engine; expect the seconds within a factor of two, the memory within a
 quarter. Both are recorded beside what a run really took.
@@ -37,15 +34,15 @@ from typing import Any
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes, quantized_weights, stored_float
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.methods import METHODS
 
 IDLE = 500_000_000  # bytes of a process that has imported torch and transformers
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # as the engine has it
-SCREENED, CLIP_STEPS = 128, 11  # as the AWQ search has it
 LAST = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2", "c_proj", "wo")
 
 
 @dataclass(frozen=True)
-class Rates:
+class MachineSpeed:
     """What the machine does a second. ``matmul``: floating point operations of products in the computing type,
     ``exact``: in float32, ``elements``: float32 elements passed over by a simple operation, ``disk``: bytes read or
     written. ``width``: bytes of a number that a model stored in 16 bits is computed in."""
@@ -92,7 +89,7 @@ class _Block:
 def forecast(
     recipe: QuantizeRecipe,
     files: ModelFiles,
-    rates: Rates,
+    rates: MachineSpeed,
     *,
     device: str = "cpu",
     spilled: bool = False,
@@ -120,7 +117,7 @@ def forecast(
 def together(
     recipes: Sequence[QuantizeRecipe],
     files: ModelFiles,
-    rates: Rates,
+    rates: MachineSpeed,
     *,
     device: str = "cpu",
     spilled: bool = False,
@@ -171,11 +168,11 @@ def _blocks(files: ModelFiles) -> list[_Block]:
     return found
 
 
-def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: Rates, shared: int) -> dict[str, float]:
+def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: MachineSpeed, shared: int) -> dict[str, float]:
     blocks = _blocks(files)
     size = checkpoint_bytes(recipe, files)
     parts = {"reading and writing": (files.size_bytes / shared + size) / rates.disk}
-    if recipe.method.startswith("bnb-"):
+    if METHODS[recipe.method].whole:
         return parts | {"rounding": 12 * quantized_weights(files) / rates.elements}
     layers = [(columns, rows) for block in blocks for columns, rows in block.inputs]
     if recipe.needs_calibration:
@@ -186,18 +183,10 @@ def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: Rates, shared: in
         forward = (2 * sum(b.weights for b in blocks) + attention) * tokens
         parts["forwards"] = passes * forward / rates.matmul / shared
         parts["second moments"] = sum(columns**2 for columns, _ in layers) * tokens / rates.exact / shared
-    widths = len(recipe.widths)
     weights = sum(columns * rows for columns, rows in layers)
-    if recipe.method == "gptq":
-        products = sum(columns**3 + widths * rows * columns**2 for columns, rows in layers)
-        passes_over = 40 * widths
-    elif recipe.method == "awq":
-        screened = 2 * SCREENED * recipe.search_steps if recipe.scale_search else 0
-        products = widths * sum((screened + 16 * rows) * columns**2 for columns, rows in layers)
-        passes_over = widths * (60 + (2 * CLIP_STEPS * 11 if recipe.clip_search else 0))
-    else:
-        products, passes_over = 0, 12
-    parts["solving"] = products / rates.exact + passes_over * weights / rates.elements
+    options = recipe.options().model_dump()
+    cost = METHODS[recipe.method].cost(layers, options, len(recipe.widths))
+    parts["solving"] = cost.products / rates.exact + cost.passes * weights / rates.elements
     return parts
 
 
@@ -208,7 +197,7 @@ def _memory(
     outside = [t for name, t in files.tensors.items() if not name.startswith(prefix)]
     largest = max((t.count for t in outside), default=0)
     embedding = largest * width + max((t.size_bytes for t in outside), default=0)
-    if recipe.method.startswith("bnb-"):  # loaded whole, quantized as it is read
+    if METHODS[recipe.method].whole:  # loaded whole, quantized as it is read
         return IDLE + checkpoint_bytes(recipe, files) + embedding
     blocks = _blocks(files)
     block = max(b.parameters for b in blocks) * width

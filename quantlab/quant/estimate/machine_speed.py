@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from quantlab.quant.estimate.forecast import Rates
+from quantlab.quant.estimate.forecast import MachineSpeed
 
 SIDE = 1024  # of the matrices multiplied; smaller than those of most models, so rather too slow than too fast
 BYTES = 16 * 2**20  # written and read back
@@ -18,14 +18,14 @@ BYTES = 16 * 2**20  # written and read back
 
 def measure(
     device: str = "cpu", dtype: torch.dtype = torch.bfloat16, seconds: float = 0.3, folder: Path | None = None
-) -> Rates:
-    """Rates of products in ``dtype`` and in float32, of elementwise work, and of the disk under ``folder``."""
+) -> MachineSpeed:
+    """MachineSpeed of products in ``dtype`` and in float32, of elementwise work, and of the disk under ``folder``."""
     place = torch.device(device)
     share = seconds / 4
     a, b = (torch.randn(SIDE, SIDE, device=place) for _ in range(2))
     low, high = a.to(dtype), b.to(dtype)
     product = 2.0 * SIDE**3
-    return Rates(
+    return MachineSpeed(
         matmul=product * _repeats(lambda: low @ high, share, place),
         exact=product * _repeats(lambda: a @ b, share, place),
         elements=SIDE**2 * _repeats(lambda: torch.addcmul(a, a, b), share, place),

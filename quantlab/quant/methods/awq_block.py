@@ -20,7 +20,7 @@ import torch
 from quantlab.models.scale_folding import LinearPair
 from quantlab.quant.block import BlockResult, BlockView
 from quantlab.quant.grid import Grid
-from quantlab.quant.hessian import Moments
+from quantlab.quant.hessian import InputHessian
 from quantlab.quant.methods.awq import Realize, row_loss, search_scales, solve_awq
 
 
@@ -57,7 +57,7 @@ def _on_grid(block: BlockView, grid: Grid, scale_search: bool, clip: bool, steps
 
 def _attempt(
     block: BlockView,
-    seen: Mapping[str, Moments],
+    seen: Mapping[str, InputHessian],
     rounded: Mapping[str, torch.Tensor],
     grid: Grid,
     pairs: Sequence[LinearPair],

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantlab.models.load import Subject, load_subject
+from quantlab.models.load import LoadedModel, load_model
 
 KINDS = {"bnb-int8": None, "bnb-fp4": "fp4", "bnb-nf4": "nf4"}
 
@@ -31,18 +31,18 @@ def bnb_config(kind: str, *, double_quant: bool = False, compute_dtype: torch.dt
     )
 
 
-def quantize_bnb(
+def quantize_model(
     ref: str,
     target: Path,
     kind: str,
     *,
-    double_quant: bool,
     dtype: torch.dtype,
     device: str,
     trust_remote_code: bool = False,
-) -> Subject:
+    double_quant: bool = False,
+) -> LoadedModel:
     """Quantize a whole model with bitsandbytes and save it into the directory ``target``."""
-    subject = load_subject(
+    subject = load_model(
         ref,
         device=device,
         dtype=str(dtype).removeprefix("torch."),

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from quantlab.errors import RecipeError
-from quantlab.formats import layout
-from quantlab.formats.shapes import widths as possible_widths
-from quantlab.models.blockwise import Opened
+from quantlab.formats import format_module
+from quantlab.models.blockwise import BlockwiseModel
 from quantlab.models.safetensors.files import ModelFiles
-from quantlab.models.scale_folding import Structure
+from quantlab.models.scale_folding import ScaleFolds
 from quantlab.progress import Progress
 from quantlab.quant.block import BlockResult
 from quantlab.quant.checkpoint import CheckpointWriter
@@ -30,7 +29,8 @@ from quantlab.quant.grid import Quantized
 from quantlab.quant.mixed_precision.allocate import Allocation, BudgetError, Layer, allocate
 from quantlab.quant.mixed_precision.sensitivity import ROWS, SEQ_LEN, sensitivities
 from quantlab.quant.sequential import Plan
-from quantlab.quant.verify.reference_logits import Probe
+from quantlab.quant.verify.reference_logits import ReferencePass
+from quantlab.registry.formats import FORMATS, fitting_widths
 
 
 def width_plans(plan: Plan, widths: Sequence[int], *, resume: bool) -> list[Plan]:
@@ -68,13 +68,13 @@ class Choice:
 def choose(
     plan: Plan,
     solved: Sequence[Plan],
-    opened: Opened,
+    opened: BlockwiseModel,
     files: ModelFiles,
     rows: torch.Tensor,
     target_bits: float,
-    probe: Probe | None,
+    probe: ReferencePass | None,
     progress: Progress,
-    structures: Sequence[Structure] = (),
+    structures: Sequence[ScaleFolds] = (),
 ) -> Choice:
     """Choose a width for every layer and put the checkpoint's blocks together from those that were solved.
 
@@ -105,7 +105,7 @@ def choose(
     if probe is not None:
         plan.probe = probe.start()
     for index in range(len(opened.blocks)):
-        folds = structures[index] if structures else Structure()
+        folds = structures[index] if structures else ScaleFolds()
         _assemble(plan, by_bits, index, allocation.widths, opened, probe, folds)
     return Choice(plan, widths, allocation)
 
@@ -113,15 +113,15 @@ def choose(
 def _layers(
     plan: Plan,
     solved: Sequence[Plan],
-    opened: Opened,
+    opened: BlockwiseModel,
     files: ModelFiles,
     measured: Mapping[str, float],
-    structures: Sequence[Structure],
+    structures: Sequence[ScaleFolds],
 ) -> tuple[list[Layer], list[list[str]]]:
     """What is to be decided, and which layers must decide alike."""
     layers = []
     for name, (out_features, in_features) in files.block_linears().items():
-        fitting = possible_widths(plan.layout, plan.grid.group_size, in_features, out_features)
+        fitting = fitting_widths(plan.layout, plan.grid.group_size, in_features, out_features)
         loss = {p.grid.bits: p.writer.losses[name] for p in solved if p.grid.bits in fitting}
         layers.append(Layer(name, out_features * in_features, loss, measured[name]))
     tied = []
@@ -137,25 +137,25 @@ def _assemble(
     by_bits: Mapping[int, Plan],
     index: int,
     widths: Mapping[str, int],
-    opened: Opened,
-    probe: Probe | None,
-    folds: Structure,
+    opened: BlockwiseModel,
+    probe: ReferencePass | None,
+    folds: ScaleFolds,
 ) -> None:
     """Write one block of the checkpoint: each layer's tensors from the block of its width."""
     prefix = f"{opened.stored_prefix}.{index}."
     chosen = {name.removeprefix(prefix): bits for name, bits in widths.items() if name.startswith(prefix)}
     blocks = {bits: by_bits[bits].writer.read_block(index) for bits in {*chosen.values()}}
-    reader = layout(plan.layout)
+    reader, suffixes = format_module(plan.layout), FORMATS[plan.layout].suffixes
     tensors, result, loss = {}, BlockResult(), {}
     for name, bits in chosen.items():
-        parts = {s: blocks[bits][f"{name}.{s}"] for s in reader.SUFFIXES if f"{name}.{s}" in blocks[bits]}
+        parts = {s: blocks[bits][f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in blocks[bits]}
         tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in parts.items()})
         loss[name] = by_bits[bits].writer.losses[prefix + name]
         codes, scales, zeros, group_of = reader.unpack(parts, bits=bits, group_size=plan.grid.group_size)
         result.quantized[_inside(opened, index, prefix + name)] = Quantized(
             codes, scales, zeros, group_of, bits
         )
-    packed = {f"{name}.{suffix}" for name in chosen for suffix in reader.SUFFIXES}
+    packed = {f"{name}.{suffix}" for name in chosen for suffix in suffixes}
     owners = _owners(folds)
     for key in blocks[min(blocks)].keys() - packed:
         inside = _inside(opened, index, prefix + key)
@@ -170,7 +170,7 @@ def _assemble(
         plan.writer.write_block(index, tensors, loss)
 
 
-def _owners(folds: Structure) -> dict[str, str]:
+def _owners(folds: ScaleFolds) -> dict[str, str]:
     """By full name in the block: parameters that folding changes, and a layer whose width decided how."""
     found = {}
     for fold in folds.norms:
@@ -180,6 +180,6 @@ def _owners(folds: Structure) -> dict[str, str]:
     return found
 
 
-def _inside(opened: Opened, index: int, stored: str) -> str:
+def _inside(opened: BlockwiseModel, index: int, stored: str) -> str:
     """The name in the block of a module or tensor of the files."""
     return opened.names.in_model(stored).removeprefix(f"{opened.prefix}.{index}.")

@@ -30,14 +30,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from quantlab.models.blockwise import Call, Opened, linears, run_block
+from quantlab.models.blockwise import BlockInputs, BlockwiseModel, linears, run_block
 from quantlab.models.lm_head import head
 
 ROWS, SEQ_LEN = 4, 256  # of the calibration rows, by default
 
 
 def sensitivities(
-    opened: Opened, rows: torch.Tensor, *, seed: int = 0, advance: Callable[[int], None] | None = None
+    opened: BlockwiseModel, rows: torch.Tensor, *, seed: int = 0, advance: Callable[[int], None] | None = None
 ) -> dict[str, float]:
     """The sensitivity of every linear in the blocks, by its full name in the files. No block may be in memory.
 
@@ -71,8 +71,8 @@ def sensitivities(
 
 
 class Probe:
-    """A few rows on their way through the model and back. Call ``forward`` for each block in order, ``score`` once, and
-    ``backward`` for each block in reverse order.
+    """A few rows on their way through the model and back. BlockInputs ``forward`` for each block in order, ``score``
+    once, and ``backward`` for each block in reverse order.
 
     ``hidden`` [rows, seq_len, hidden]: what the first block gets. ``packed``: whether the blocks return tuples.
     """
@@ -83,12 +83,12 @@ class Probe:
         self._gradient: torch.Tensor | None = None  # of the states last in the list
 
     @torch.no_grad()
-    def forward(self, block: nn.Module, call: Call) -> None:
+    def forward(self, block: nn.Module, call: BlockInputs) -> None:
         """Run the rows through the next block."""
         out = [self._run(block, row[None], call) for row in self.states[-1]]
         self.states.append(torch.cat(out))
 
-    def _run(self, block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    def _run(self, block: nn.Module, hidden: torch.Tensor, call: BlockInputs) -> torch.Tensor:
         def look(module: nn.Module, args: object, output: object) -> None:
             self.packed = isinstance(output, tuple)
 
@@ -119,7 +119,7 @@ class Probe:
                 gradients += torch.autograd.grad(scores.gather(1, labels.to(scores.device)).sum(), leaf)
         self._gradient = torch.cat(gradients)
 
-    def backward(self, block: nn.Module, call: Call) -> dict[str, float]:
+    def backward(self, block: nn.Module, call: BlockInputs) -> dict[str, float]:
         """Take the gradients through the last block not yet gone back through.
 
         Returns:

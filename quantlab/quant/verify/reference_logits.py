@@ -1,8 +1,9 @@
 """What a checkpoint should compute: a few token rows through the model with the weights that were meant, in float32.
 
-Two ways to the same numbers. ``Probe`` follows the walk that quantizes: it is handed each block's result while that is
-in memory, so it knows nothing of packing and files. ``streamed_logits`` reads a finished checkpoint back through the
-readers in ``quantlab.formats``, one matrix at a time. Neither ever holds more than one matrix of the model.
+Two ways to the same numbers. ``ReferencePass`` follows the walk that quantizes: it is handed each block's result
+while that is in memory, so it knows nothing of packing and files. ``streamed_logits`` reads a finished checkpoint
+back through the readers in ``quantlab.formats``, one matrix at a time. Neither ever holds more than one matrix of the
+model.
 
 Kernels compute products in 16 bits, so no checkpoint meets float32 logits exactly, and how far a model carries such
 errors differs from model to model (0.3 to 3 % of the logits in those measured). Therefore the rows go through twice
@@ -22,16 +23,18 @@ import torch
 from torch import nn
 
 from quantlab.errors import DataError
-from quantlab.formats import layout
-from quantlab.models.blockwise import Opened, run_block
+from quantlab.formats import format_module
+from quantlab.models.blockwise import BlockwiseModel, run_block
 from quantlab.models.experts import Experts
 from quantlab.models.lazy_weights import borrowed
 from quantlab.models.safetensors.files import ModelFiles, TensorInfo, open_files
 from quantlab.models.safetensors.tensors import read_rows, read_tensor
 from quantlab.quant.block import BlockResult
 from quantlab.quant.grid import Quantized
+from quantlab.registry.formats import FORMATS
 
-PACKED = ("qweight", "weight_packed", "weight_scale")  # a module with one of these holds its weight packed
+# A module with a tensor of one of these names holds its weight packed.
+PACKED = frozenset(mark for found in FORMATS.values() for mark in found.marks)
 
 
 class FileWeights:
@@ -39,7 +42,7 @@ class FileWeights:
 
     ``stored`` is the dtype that they pass through on the way: what a checkpoint in float16 will hold of them."""
 
-    def __init__(self, opened: Opened, stored: torch.dtype | None = None) -> None:
+    def __init__(self, opened: BlockwiseModel, stored: torch.dtype | None = None) -> None:
         self.opened, self.stored = opened, stored
 
     def whole(self, name: str) -> torch.Tensor | None:
@@ -66,7 +69,7 @@ class FileWeights:
 class _SolvedWeights(FileWeights):
     """Those of a block as it was solved; what the method left alone comes from the files."""
 
-    def __init__(self, opened: Opened, stored: torch.dtype, prefix: str, result: BlockResult) -> None:
+    def __init__(self, opened: BlockwiseModel, stored: torch.dtype, prefix: str, result: BlockResult) -> None:
         super().__init__(opened, stored)
         self.prefix, self.result = prefix, result
 
@@ -92,7 +95,7 @@ class Expected:
     rounded: torch.Tensor
 
 
-class Probe:
+class ReferencePass:
     """Token rows on their way through a model, as a plan's checkpoint will have it.
 
     Args:
@@ -235,11 +238,14 @@ class _PackedWeights(FileWeights):
     """A checkpoint's weights, packed ones unpacked by the reader of its layout."""
 
     def __init__(
-        self, opened: Opened, config: Mapping[str, Any], packed: Mapping[str, Mapping[str, TensorInfo]]
+        self,
+        opened: BlockwiseModel,
+        config: Mapping[str, Any],
+        packed: Mapping[str, Mapping[str, TensorInfo]],
     ) -> None:
         super().__init__(opened)
         self.config, self.packed = config, packed
-        self.reader = layout(str(config["quant_method"])) if packed else None
+        self.reader = format_module(str(config["quant_method"])) if packed else None
 
     def whole(self, name: str) -> torch.Tensor | None:
         owner, _, leaf = name.rpartition(".")
@@ -269,7 +275,7 @@ def width_of(config: Mapping[str, Any], *names: str) -> tuple[int, int]:
     return int(chosen[0]["weights"]["num_bits"]), -1 if size is None else int(size)
 
 
-class _Skeleton(Opened):
+class _Skeleton(BlockwiseModel):
     """An opened model that holds no weights: all of them are borrowed while they are needed."""
 
     def fill(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
@@ -282,7 +288,7 @@ class _Skeleton(Opened):
         pass
 
 
-def _after_blocks(opened: Opened, rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def _after_blocks(opened: BlockwiseModel, rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """The model's forward pass with ``hidden`` for what its blocks return."""
     for packed in (
         False,

@@ -1,11 +1,11 @@
 """The proof at the end of a run: a finished checkpoint, reloaded in a fresh process, computes what was intended.
 
 What was intended is a few token rows through the model with the weights of the in-memory result, in float32 (see
-``intended.Probe``). The fresh process loads the checkpoint with plain transformers, through whatever kernels read its
-layout, and hands its logits back. Experts in a layout that transformers does not read (``formats.readers``) are taken
-apart first (``models.packed_experts``). Where the machine or ``--memory-limit`` has no room for that, or a library is
-missing, it reads the files itself, one matrix at a time, which proves what was written but not the kernels. The
-record says which it was.
+``intended.ReferencePass``). The fresh process loads the checkpoint with plain transformers, through whatever kernels
+read its layout, and hands its logits back. Experts in a layout that transformers does not read (``formats.readers``)
+are taken apart first (``models.packed_experts``). Where the machine or ``--memory-limit`` has no room for that, or a
+library is missing, it reads the files itself, one matrix at a time, which proves what was written but not the
+kernels. The record says which it was.
 
 Tolerances. Read back in float32 only the order of summation differs: 1e-6 measured, 1e-4 asked. Kernels round what they
 multiply to 16 bits, and on a GPU everything between the products too. What that does to a model is measured on the
@@ -21,7 +21,8 @@ import json
 import math
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ import torch
 from safetensors.torch import load_file
 
 from quantlab.errors import MachineError, QuantlabError
-from quantlab.formats.readers import transformers_reads
 from quantlab.models.memory import available
 from quantlab.models.safetensors.files import ModelFiles, open_files
+from quantlab.models.safetensors.weight_files import own_format
 from quantlab.quant.verify.reference_logits import Expected
+from quantlab.registry.formats import FORMATS, transformers_reads
 from quantlab.workers import last_line, start, stopping
 
 WORKER = "quantlab.quant.verify.worker"
@@ -56,8 +58,9 @@ LARGEST = Tolerance(0.25, 0.1)  # beyond this nothing is proven, however the mod
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What came of reloading one checkpoint. ``how``: ``transformers``, ``separated`` (experts apart) or ``streamed``;
+class Verification:
+    """What came of reloading one checkpoint. ``how``: ``transformers``, ``separated`` (experts apart),
+    ``own reader`` (``Format.load``) or ``streamed``;
     ``why`` it was not transformers. ``top1``: share of positions whose most likely token is the intended one.
     ``peak_bytes``: of the fresh process, above what it held before it opened the checkpoint."""
 
@@ -85,7 +88,7 @@ class Proof:
 
 
 @dataclass(frozen=True)
-class Claim:
+class Check:
     """A checkpoint (its directory may still have its temporary name) and the logits float32 [rows, tokens,
     vocabulary] that it is to compute. ``label`` is what messages call it."""
 
@@ -108,30 +111,33 @@ class _Answer:
     logits: torch.Tensor | None = field(default=None, repr=False)
 
 
-def prove(
-    claims: Sequence[Claim],
+def verify(
+    claims: Sequence[Check],
     rows: torch.Tensor,
     *,
     device: str = "cpu",
     memory_limit: int | None = None,
     trust_remote_code: bool = False,
     seconds: float | None = None,
-) -> list[Proof]:
-    """Reload checkpoints in one fresh process and hold their logits against the intended ones.
+    ready: FreshProcess | None = None,
+) -> list[Verification]:
+    """Reload checkpoints in one fresh process and hold their logits against the reference logits.
 
     Args:
         rows: token ids int64 [rows, tokens], those that ``expected`` was computed for.
         memory_limit: bytes that the fresh process may hold above an idle one; None asks the machine.
         seconds: how long the process may take; None goes by the size of the checkpoints.
+        ready: a process that was started before; it is used up.
 
     Returns:
-        One proof a claim, passed or not: see :func:`require`.
+        One verification for each check, passed or not: see :func:`raise_if_failed`.
 
     Raises:
         MachineError: the process was killed, or took too long. QuantlabError: it could not load a checkpoint at all.
     """
     hows = [_how(open_files(claim.checkpoint), memory_limit) for claim in claims]
-    answers = _ask(claims, hows, rows, device, trust_remote_code, seconds)
+    with ready if ready is not None else fresh_process(claims) as process:
+        answers = _ask(process, claims, hows, rows, device, trust_remote_code, seconds)
     again = [
         i
         for i, answer in enumerate(answers)
@@ -139,20 +145,17 @@ def prove(
     ]
     if again:  # killed for its memory, or a library is not there: read back by quantlab itself
         why = [answers[i].error or "the process that loaded it with transformers was killed" for i in again]
-        retried = _ask(
-            [claims[i] for i in again],
-            [("streamed", reason) for reason in why],
-            rows,
-            "cpu",
-            trust_remote_code,
-            seconds,
-        )
+        with FreshProcess() as process:
+            streamed = [("streamed", reason) for reason in why]
+            retried = _ask(
+                process, [claims[i] for i in again], streamed, rows, "cpu", trust_remote_code, seconds
+            )
         for i, answer in zip(again, retried, strict=True):
             answers[i] = answer
     return [_compare(claim, answer) for claim, answer in zip(claims, answers, strict=True)]
 
 
-def require(proof: Proof, label: str, kept: Path | None = None) -> None:
+def raise_if_failed(proof: Verification, label: str, kept: Path | None = None) -> None:
     """Refuse a checkpoint that does not compute what was intended. ``kept``: where it was put.
 
     Raises:
@@ -196,14 +199,14 @@ def tolerance(how: str, expected: Expected) -> Tolerance:
     )
 
 
-def _compare(claim: Claim, answer: _Answer) -> Proof:
+def _compare(claim: Check, answer: _Answer) -> Verification:
     if answer.logits is None:
         label = claim.label or str(claim.checkpoint)
         raise QuantlabError(f"{label}: the finished checkpoint cannot be loaded: {answer.error}")
     expected = claim.expected.logits
     max_abs, relative, top1, kl = compare(expected, answer.logits)
     rows, tokens = expected.shape[:2]
-    return Proof(
+    return Verification(
         answer.how, answer.dtype, rows, tokens, max_abs, relative, top1, kl, tolerance(answer.how, claim.expected),
         round(answer.seconds, 3), answer.peak_bytes, answer.why,
     )  # fmt: skip
@@ -215,6 +218,8 @@ def _how(files: ModelFiles, memory_limit: int | None) -> tuple[str, str]:
     room = available() - IMPORTS if memory_limit is None else memory_limit
     quantized = files.quantized or {}
     plain = transformers_reads(str(quantized.get("quant_method", "none")), experts=files.has_experts)
+    if own_format(files.config):
+        return "own reader", "the format has files of its own"
     if needed <= room and plain:
         return "transformers", ""
     if needed <= room and not plain:
@@ -231,48 +236,82 @@ def transformers_bytes(files: ModelFiles) -> int:
     return files.size_bytes + largest + 4 * plain
 
 
+class FreshProcess:
+    """The process that reloads checkpoints: started when this is made, so that it imports what it will need while the
+    caller does other work; stopped when the context ends.
+
+    Args:
+        formats: of the checkpoints that it will be asked for, whose libraries it imports.
+    """
+
+    def __init__(self, formats: Iterable[str] = ()) -> None:
+        libraries = dict.fromkeys(module for name in formats for module in FORMATS[name].requires)
+        self._folder = tempfile.TemporaryDirectory(prefix="quantlab-verify-")
+        self.folder = Path(self._folder.name)
+        with (self.folder / "stderr").open("wb") as errors:
+            self.process = start(WORKER, errors, *libraries)
+
+    def __enter__(self) -> FreshProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with stopping(self.process):
+            pass
+        self._folder.cleanup()
+
+    def ask(self, asked: Mapping[str, Any], limit: float) -> str:
+        """Hand over the questions and wait, for ``limit`` seconds at most; what the process said on stderr."""
+        with suppress(BrokenPipeError):  # it has died; what it said, and its exit code, tell why
+            self.process.communicate(json.dumps(asked).encode(), timeout=limit)
+        self.process.wait()
+        return (self.folder / "stderr").read_text(encoding="utf-8", errors="replace")
+
+
+def fresh_process(claims: Sequence[Check]) -> FreshProcess:
+    """A process for these checkpoints."""
+    kinds = [(open_files(claim.checkpoint).quantized or {}).get("quant_method") for claim in claims]
+    return FreshProcess(str(kind) for kind in kinds if kind in FORMATS)
+
+
 def _ask(
-    claims: Sequence[Claim],
+    fresh: FreshProcess,
+    claims: Sequence[Check],
     hows: Sequence[tuple[str, str]],
     rows: torch.Tensor,
     device: str,
     trust_remote_code: bool,
     seconds: float | None,
 ) -> list[_Answer]:
-    """Start the process, wait for it, and read what it wrote; checkpoints that it did not come to have an empty
-    answer."""
+    """Ask the process, wait, and read what it wrote. A checkpoint that it did not come to has an empty answer."""
     size = sum(open_files(claim.checkpoint).size_bytes for claim in claims)
     limit = SECONDS + size / SLOWEST if seconds is None else seconds
-    with tempfile.TemporaryDirectory(prefix="quantlab-proof-") as folder:
-        questions = [
-            {
-                "checkpoint": str(claim.checkpoint.absolute()),
-                "how": how,
-                "why": why,
-                "answer": f"{folder}/{i}",
-            }
-            for i, (claim, (how, why)) in enumerate(zip(claims, hows, strict=True))
-        ]
-        asked = {
-            "questions": questions,
-            "rows": rows.tolist(),
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-            "threads": torch.get_num_threads(),
+    questions = [
+        {
+            "checkpoint": str(claim.checkpoint.absolute()),
+            "how": how,
+            "why": why,
+            "answer": str(fresh.folder / str(i)),
         }
-        with Path(folder, "stderr").open("wb") as errors, stopping(start(WORKER, errors)) as process:
-            try:
-                process.communicate(json.dumps(asked).encode(), timeout=limit)
-            except subprocess.TimeoutExpired as error:
-                raise MachineError(
-                    f"reloading {', '.join(c.label or str(c.checkpoint) for c in claims)} took more than {limit:.0f} s",
-                    hint="is the machine busy? --resume tries again",
-                ) from error
-        said = Path(folder, "stderr").read_text(encoding="utf-8", errors="replace")
-        answers = [_read(Path(q["answer"])) for q in questions]
-        if process.returncode not in (0, -9, 137) and not all(a.how or a.error for a in answers):
-            raise QuantlabError(f"the process that reloads checkpoints failed: {last_line(said)}")
-        return answers
+        for i, (claim, (how, why)) in enumerate(zip(claims, hows, strict=True))
+    ]
+    asked = {
+        "questions": questions,
+        "rows": rows.tolist(),
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "threads": torch.get_num_threads(),
+    }
+    try:
+        said = fresh.ask(asked, limit)
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(
+            f"reloading {', '.join(c.label or str(c.checkpoint) for c in claims)} took more than {limit:.0f} s",
+            hint="is the machine busy? --resume tries again",
+        ) from error
+    answers = [_read(Path(q["answer"])) for q in questions]
+    if fresh.process.returncode not in (0, -9, 137) and not all(a.how or a.error for a in answers):
+        raise QuantlabError(f"the process that reloads checkpoints failed: {last_line(said)}")
+    return answers
 
 
 def _read(path: Path) -> _Answer:

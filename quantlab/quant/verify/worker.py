@@ -1,6 +1,8 @@
 """The fresh process of ``proof``: told on stdin which checkpoints to load, writes their logits beside a description.
 
-    python -m quantlab.quant.verify.worker < questions.json
+    python -m quantlab.quant.verify.worker [LIBRARY...] < questions.json
+
+The libraries are imported before stdin is read, so that a process started early is ready when it is asked.
 
 For each question ``<answer>.json`` (how it was loaded, seconds, peak memory, or the error) and
 ``<answer>.safetensors`` (the logits). Checkpoints are loaded one after the other; nothing of one is left when the
@@ -14,7 +16,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +28,15 @@ from quantlab.workers import die_with_parent
 
 def main() -> None:
     die_with_parent()
-    asked = json.load(sys.stdin)
     os.dup2(2, 1)  # libraries that print
     import torch
 
     from quantlab.models.memory import peak_resident, resident, trim
 
+    _imports(sys.argv[1:])
+    asked = json.load(sys.stdin)
     torch.set_num_threads(int(asked["threads"]))
     rows = torch.tensor(asked["rows"], dtype=torch.int64)
-    _imports(any(question["how"] != "streamed" for question in asked["questions"]))
     for question in asked["questions"]:
         trim()
         before, started = resident(), time.perf_counter()
@@ -55,15 +59,18 @@ def main() -> None:
         os.replace(beside, path.with_suffix(".json"))
 
 
-def _imports(kernels: bool) -> None:
-    """What an idle process has too, so that it does not count as memory of a checkpoint."""
+def _imports(libraries: Sequence[str]) -> None:
+    """What an idle process has too, so that it does not count as memory of a checkpoint. A library that is not there is
+    missed when a checkpoint needs it."""
     import transformers.modeling_utils  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    if kernels:
-        from quantlab.models.load import quiet_libraries
+    from quantlab.models.load import quiet_libraries
 
-        quiet_libraries()
+    quiet_libraries()
+    for name in libraries:
+        with suppress(Exception):
+            import_module(name)
 
 
 def _logits(question: Mapping[str, Any], rows: Any, asked: Mapping[str, Any]) -> tuple[Any, str]:
@@ -75,11 +82,11 @@ def _logits(question: Mapping[str, Any], rows: Any, asked: Mapping[str, Any]) ->
         from quantlab.quant.verify.reference_logits import streamed_logits
 
         return streamed_logits(checkpoint, rows, trust), "float32"
-    from quantlab.models.load import load_subject
+    from quantlab.models.load import load_model
 
     device = str(asked["device"])
     wish = "float32" if device == "cpu" else "auto"
-    model = load_subject(checkpoint, device=device, dtype=wish, trust_remote_code=trust).model
+    model = load_model(checkpoint, device=device, dtype=wish, trust_remote_code=trust).model
     with torch.no_grad():
         found = model(input_ids=rows.to(model.device), use_cache=False).logits
     return found.to("cpu", torch.float32), str(model.dtype).removeprefix("torch.")

@@ -22,10 +22,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from quantlab.errors import DataError
-from quantlab.paths import DATA, find_source, nearest
+from quantlab.paths import DATA, find_source, nearest, short_hash
 from quantlab.text2sql.data import benchmarks
 from quantlab.text2sql.data.hub import hub_rows, parse_hub
 from quantlab.text2sql.data.item import BadRow, Item, _id_of, parse_row
@@ -128,6 +128,13 @@ def digest(items: Iterable[Item]) -> str:
         fields += [f"evidence {item.evidence}"] if item.evidence else []
         state.update(json.dumps(fields, ensure_ascii=True).encode() + b"\n")
     return state.hexdigest()[:16]
+
+
+def options_digest(options: Any) -> str:
+    """Names the data of the Text2SQL task's options; those on the hub by their name, since fetching is heavy work."""
+    if on_the_hub(options.data):
+        return short_hash([options.data])
+    return digest(load_items(options.data, options.limit))
 
 
 def on_the_hub(source: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantlab.data.exclusions import normal_question
-from quantlab.recipe.base import Text2SqlOptions
+from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.text2sql.data.dataset import load_items
 from quantlab.text2sql.data.item import Item
 from quantlab.text2sql.prompt.few_shot import SOURCE, select_shots

@@ -6,9 +6,8 @@ digest), so the same experiment always has the same directory, and anything that
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,18 +18,21 @@ from quantlab.errors import RecipeError
 from quantlab.models.provenance import provenance
 from quantlab.models.refusals import refuse_unusable
 from quantlab.models.safetensors.files import DTYPE_BYTES, ModelFiles, open_files
-from quantlab.paths import file_digest, find_source, slug
+from quantlab.paths import short_hash, slug
 from quantlab.progress import Progress
 from quantlab.recipe.load import Recipe, load_recipe
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry import load
+from quantlab.registry.tasks import TASKS, options_key
 from quantlab.runs.run import Run, read_runs
 
-WINDOWED = ("perplexity", "fidelity")  # tasks on windows of a text
-COMPARED = ("perplexity", "text2sql", "speed")  # tasks whose numbers are set against the baseline's
+COMPARED = tuple(
+    name for name, task in TASKS.items() if task.compared
+)  # set against the baseline's own numbers
 
 
 @dataclass(frozen=True)
-class Work:
+class PlannedRun:
     """One recipe applied to one model, before it runs. `row` is what the leaderboard knows beforehand."""
 
     name: str
@@ -86,7 +88,7 @@ def plan_work(
     decides: Sequence[str] = (),
     *,
     measured: bool = True,
-) -> Work:
+) -> PlannedRun:
     """Check the data of every task and name the run; `decides` are digests of what else decides the result, `measured`
     says whether the tasks will run. Imports nothing heavy."""
     check_lengths(recipe, files, measured=measured)
@@ -104,7 +106,7 @@ def plan_work(
         "data_digest": short_hash(sorted(set(data.values()))) if data else None,
         "quantlab_version": __version__,
     }
-    return Work(name, recipe, results, files, data, model, row)
+    return PlannedRun(name, recipe, results, files, data, model, row)
 
 
 def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -> None:
@@ -114,7 +116,7 @@ def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -
     if longest is None:
         return
     tasks = recipe.evaluate if measured else []
-    wanted = {f"tasks.{t}.seq_len": getattr(recipe.tasks, t).seq_len for t in WINDOWED if t in tasks}
+    wanted = {f"tasks.{key}.seq_len": options.seq_len for key, options in _windowed(recipe, tasks)}
     if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
         wanted["calibration.seq_len"] = recipe.calibration.seq_len
     too_long = {key: value for key, value in wanted.items() if value > longest}
@@ -124,40 +126,37 @@ def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -
             + ", ".join(f"{key} {value}" for key, value in too_long.items()),
             hint=" ".join(f"--set {key}={longest}" for key in too_long),
         )
-    speed = recipe.tasks.speed
-    if "speed" in tasks and speed.prompt_tokens + speed.new_tokens > longest:
-        raise RecipeError(
-            f"{files.name} has {longest} positions, fewer than prompt_tokens + new_tokens of tasks.speed",
-            hint=f"--set tasks.speed.prompt_tokens={max(1, longest - speed.new_tokens)}",
-        )
+    for entry in tasks:
+        name = entry.partition(":")[0]
+        if complaint := TASKS[name].fits(recipe.tasks.of(entry), longest):
+            said, (key, value) = complaint
+            raise RecipeError(
+                f"{files.name} has {longest} positions, {said} of tasks.{options_key(name)}",
+                hint=f"--set tasks.{options_key(name)}.{key}={value}",
+            )
 
 
-def data_digest(recipe: Recipe, task: str) -> str:
+def _windowed(recipe: Recipe, tasks: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Keys and options of the tasks that are measured on windows of a text."""
+    for entry in tasks:
+        name = entry.partition(":")[0]
+        if TASKS[name].texts:
+            yield options_key(name), recipe.tasks.of(entry)
+
+
+def data_digest(recipe: Recipe, entry: str) -> str:
     """16 hexadecimal characters for the data of a task, "" for a task without. DataError for data that is bad."""
-    options: Any = recipe.tasks.of(task)
-    if task == "text2sql":
-        from quantlab.text2sql.data.dataset import digest, load_items, on_the_hub
-
-        if on_the_hub(options.data):
-            return short_hash([options.data])
-        return digest(load_items(options.data, options.limit))
-    if task in WINDOWED:
-        return text_digest(options.source)
-    if task.startswith("lm-eval:") and options.include_path:
-        folder = find_source(options.include_path)
-        if not folder.is_dir():
-            raise RecipeError(f"tasks.lm_eval.include_path: {folder} is not a directory")
-        return short_hash([file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()])
-    return ""
+    task, options = TASKS[entry.partition(":")[0]], recipe.tasks.of(entry)
+    if task.data_digest:
+        found: str = load(task.data_digest)(options)
+        return found
+    texts = [text_digest(getattr(options, key)) for key in task.texts]
+    return texts[0] if len(texts) == 1 else short_hash(texts) if texts else ""
 
 
 def text_digest(source: str) -> str:
     """Digest of a text source; a hub dataset by its name, since fetching it is heavy work."""
     return short_hash([source] if source.startswith("hf:") else read_texts(source))
-
-
-def short_hash(parts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def stored_bits(files: ModelFiles) -> int:
@@ -207,7 +206,7 @@ def serves_as_baseline(candidate: Recipe, recipe: Recipe) -> bool:
     )
 
 
-def find_baseline(work: Work, model_digest: str) -> Run | None:
+def find_baseline(work: PlannedRun, model_digest: str) -> Run | None:
     """A finished run of the untouched model with that digest that serves as the baseline of `work`; for a student,
     also the run that made and measured it."""
     for run in read_runs(work.results):
@@ -220,17 +219,17 @@ def find_baseline(work: Work, model_digest: str) -> Run | None:
     return None
 
 
-def start_run(work: Work) -> Run:
+def start_run(work: PlannedRun) -> Run:
     """The run's directory, opened anew."""
     run = Run.start(work.directory, work.recipe.to_yaml(), work.row)
     run.log("started", model=work.model, recipe=work.name)
     return run
 
 
-def refuse_existing(work: Work, found: Run) -> NoReturn:
+def refuse_existing(work: PlannedRun, found: Run) -> NoReturn:
     """The same recipe, model and data have a run already, and nobody said --resume."""
     state = "was measured already" if found.done else "was started and not finished"
     raise RecipeError(
         f"{work.directory}: this recipe on this model and data {state}",
-        hint="--resume goes on, skipping what is done; --results writes elsewhere",
+        hint="pass --resume to skip completed steps, or another --results",
     )

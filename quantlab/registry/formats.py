@@ -1,0 +1,250 @@
+"""The formats that checkpoints are written in: one entry each, read by recipes, planning, the engine, validation of
+what was written, ``doctor``, cards and the last lines of a run.
+
+A format's module (torch) offers, for one linear::
+
+    pack(codes, scales, zeros, group_of, *, bits, group_size, symmetric) -> dict[str, Tensor]
+    unpack(tensors, *, bits, group_size) -> (codes, scales, zeros, group_of)
+
+with the tensors that ``Format.tensors`` names, and for the checkpoint::
+
+    config(layers, *, bits, group_size, symmetric, options, floating, quantizer, ignore) -> dict
+
+``layers`` maps the full name of every quantized linear to its (bits, group_size), ``options`` are those of the method,
+``ignore`` names the linears that are left as they are; what comes back is the ``quantization_config``.
+
+A format that is not safetensors has ``export``: a function that is given the finished checkpoint with its parts in the
+form above, and writes files of its own in their place (see ``quant/export.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Entry = tuple[str, tuple[int, ...]]  # type as safetensors names it, shape
+GROUP_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """``right``: libraries that read it. ``wrong``: one that seems to and does not, with what it does instead; empty
+    where there is none. ``install``: packages that the first reader needs."""
+
+    right: tuple[str, ...]
+    install: tuple[str, ...]
+    wrong: str = ""
+
+    @property
+    def text(self) -> str:
+        """For the last lines of a run, and for cards."""
+        return f"read by {', '.join(self.right)}" + (f"; NOT by {self.wrong}" if self.wrong else "")
+
+
+class Linear(NamedTuple):
+    """A linear that is to be stored: [rows, columns] weights at ``bits``, ``groups`` of columns, ``plain`` the type of
+    the checkpoint's plain tensors, ``floating`` whether codes are 8-bit floating point numbers."""
+
+    rows: int
+    columns: int
+    bits: int
+    groups: int
+    plain: str
+    floating: bool = False
+
+
+def _any_shape(bits: int, columns: int, rows: int) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Format:
+    """Everything that is known of a format.
+
+    about: one line for people.
+    module: where pack, unpack and config are; None where quantlab packs nothing itself.
+    bits: the widths that it holds.
+    zero_min: the smallest zero that it can store.
+    ordered: whether it stores in which order columns were quantized.
+    asymmetric: whether its readers take asymmetric grids.
+    mixed: whether its readers take a width for each layer.
+    fits: why a linear of (bits, columns, rows) cannot be stored, or None; group sizes are looked at elsewhere.
+    tensors: names, types and shapes of the tensors of a linear; the names are relative to it, the first one always
+    there. marks: names of tensors that say that a linear is packed. own_dtype: ends of names of tensors whose type
+    the format fixes, whatever the plain tensors are stored in. unscaled: it expects, beside some activations, scales
+    of its own that are all ones. readers, expert_readers: who reads it right, the second for mixtures of experts
+    (None: the same). requires: modules that must import to load a checkpoint. export: "module:function" that writes
+    files of its own. load: "module:function" that opens such files as a transformers model.
+    """
+
+    about: str
+    readers: Readers
+    module: str | None = None
+    bits: tuple[int, ...] = ()
+    zero_min: int = 0
+    ordered: bool = False
+    asymmetric: bool = False
+    mixed: bool = False
+    fits: Callable[[int, int, int], str | None] = _any_shape
+    tensors: Callable[[Linear], dict[str, Entry]] = lambda linear: {}
+    marks: tuple[str, ...] = ()
+    own_dtype: tuple[str, ...] = ()
+    unscaled: bool = False
+    expert_readers: Readers | None = None
+    requires: tuple[str, ...] = ()
+    export: str | None = None
+    load: str | None = None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Every name that a tensor of a linear may have; the first one is always there."""
+        linears = (
+            Linear(32, 32, max(self.bits, default=8), 1, "F16", floating) for floating in (False, True)
+        )
+        return tuple(dict.fromkeys(name for linear in linears for name in self.tensors(linear)))
+
+
+def _whole_words(bits: int, features: int, what: str, step: int) -> str | None:
+    if features % step:
+        return f"its {features} {what} are not divisible by {step}, which fill packed words at {bits} bits"
+    return None
+
+
+def _gptq_fits(bits: int, columns: int, rows: int) -> str | None:
+    step = 32 if bits == 3 else 32 // bits  # codes that fill whole packed words
+    return _whole_words(bits, rows, "outputs", step) or _whole_words(bits, columns, "inputs", step)
+
+
+def _awq_fits(bits: int, columns: int, rows: int) -> str | None:
+    return _whole_words(bits, rows, "outputs", 8)
+
+
+def _gptq_tensors(linear: Linear) -> dict[str, Entry]:
+    rows, columns, bits, groups = linear[:4]
+    return {
+        "qweight": ("I32", (columns * bits // 32, rows)),
+        "qzeros": ("I32", (groups, rows * bits // 32)),
+        "scales": ("F16", (groups, rows)),
+        "g_idx": ("I32", (columns,)),
+    }
+
+
+def _awq_tensors(linear: Linear) -> dict[str, Entry]:
+    rows, columns, bits, groups = linear[:4]
+    return {
+        "qweight": ("I32", (columns, rows * bits // 32)),
+        "qzeros": ("I32", (groups, rows * bits // 32)),
+        "scales": ("F16", (groups, rows)),
+    }
+
+
+def _compressed_tensors(linear: Linear) -> dict[str, Entry]:
+    rows, columns, bits, groups = linear[:4]
+    if linear.floating:
+        return {"weight_scale": (linear.plain, (rows, 1)), "weight": ("F8_E4M3", (rows, columns))}
+    return {  # a row says how long it is, so its last word may be half empty
+        "weight_scale": (linear.plain, (rows, groups)),
+        "weight_packed": ("I32", (rows, -(-columns * bits // 32))),
+        "weight_shape": ("I64", (2,)),
+    }
+
+
+# transformers 5 merges a layer's experts into one parameter while it loads, takes none of the packed ones, starts them
+# from random numbers and only warns. vLLM and gptqmodel build the experts one by one and read such files.
+_EXPERTS = Readers(
+    ("vLLM", "gptqmodel"),
+    ("gptqmodel",),
+    "transformers alone, which starts the experts from random numbers and only warns",
+)
+
+FORMATS: dict[str, Format] = {
+    "none": Format(
+        "the model's own files",
+        Readers(("transformers", "vLLM"), ("transformers", "accelerate")),
+    ),
+    "gptq": Format(
+        "AutoGPTQ's format, version 1",
+        Readers(
+            ("transformers", "vLLM", "gptqmodel"), ("transformers", "accelerate", "optimum", "gptqmodel")
+        ),
+        module="quantlab.formats.gptq",
+        bits=(2, 3, 4, 8),
+        zero_min=1,  # zeros are stored less one
+        ordered=True,
+        asymmetric=True,
+        fits=_gptq_fits,
+        tensors=_gptq_tensors,
+        marks=("qweight",),
+        own_dtype=(".scales",),
+        expert_readers=_EXPERTS,
+        requires=("optimum", "gptqmodel"),
+    ),
+    "awq": Format(
+        "AutoAWQ's GEMM format",
+        Readers(("transformers", "vLLM", "gptqmodel"), ("transformers", "accelerate", "gptqmodel")),
+        module="quantlab.formats.awq",
+        bits=(4,),
+        asymmetric=True,
+        fits=_awq_fits,
+        tensors=_awq_tensors,
+        marks=("qweight",),
+        own_dtype=(".scales",),
+        unscaled=True,
+        expert_readers=_EXPERTS,
+        requires=("gptqmodel",),
+    ),
+    "compressed-tensors": Format(
+        "compressed-tensors: pack-quantized integers, float-quantized FP8",
+        Readers(("transformers", "vLLM"), ("transformers", "accelerate", "compressed-tensors")),
+        module="quantlab.formats.compressed_tensors",
+        bits=(2, 3, 4, 8),
+        mixed=True,
+        tensors=_compressed_tensors,
+        marks=("weight_packed", "weight_scale"),
+        requires=("compressed_tensors",),
+    ),
+    "bitsandbytes": Format(
+        "bitsandbytes' own storage",
+        Readers(("transformers", "vLLM"), ("transformers", "accelerate", "bitsandbytes")),
+        requires=("bitsandbytes",),
+    ),
+}
+
+PACKING: tuple[str, ...] = tuple(name for name, found in FORMATS.items() if found.module)
+
+
+def readers(format: str, *, experts: bool) -> Readers:
+    """Who reads a checkpoint of a ``format``; ``experts``: the model is a mixture of experts, stored packed."""
+    found = FORMATS[format]
+    return (found.expert_readers if experts else None) or found.readers
+
+
+def transformers_reads(format: str, *, experts: bool) -> bool:
+    """Whether plain transformers reads it right."""
+    return "transformers" in readers(format, experts=experts).right
+
+
+def misfit(format: str, bits: int, group_size: int, in_features: int, out_features: int) -> str | None:
+    """Why a linear of this shape cannot be stored in ``format``, or None if it can."""
+    held = FORMATS[format]
+    if bits not in held.bits:
+        return f"the {format} format holds {', '.join(map(str, held.bits))} bits, not {bits}"
+    if group_size != -1 and in_features % group_size:
+        fitting = [str(size) for size in GROUP_SIZES if in_features % size == 0] + ["-1 (per channel)"]
+        return (
+            f"its {in_features} inputs are not divisible by group_size {group_size}; "
+            f"group sizes that work for it: {', '.join(fitting)}"
+        )
+    return held.fits(bits, in_features, out_features)
+
+
+def fitting_widths(format: str, group_size: int, in_features: int, out_features: int) -> tuple[int, ...]:
+    """The widths at which ``format`` can hold a linear of this shape; empty where none fits."""
+    held = FORMATS[format].bits
+    return tuple(bits for bits in held if misfit(format, bits, group_size, in_features, out_features) is None)
+
+
+def common_group_sizes(inputs: set[int]) -> list[int]:
+    """Group sizes that divide every one of these input widths."""
+    return [size for size in GROUP_SIZES if all(width % size == 0 for width in inputs)]
