@@ -281,7 +281,9 @@ def test_every_file_has_its_line_in_the_architecture() -> None:
 
 
 def test_a_planted_file_is_found() -> None:
-    text = "- `quantlab/cli.py`: x\n- `quantlab/gone.py`: x\n- `quantlab/cli.py`: again\nsee `quantlab/new.py`\n"
+    text = (
+        "- `quantlab/cli.py`: x\n- `quantlab/gone.py`: x\n- `quantlab/cli.py`: again\nsee `quantlab/new.py`\n"
+    )
     assert differences(text, ["quantlab/cli.py", "quantlab/new.py"]) == {
         "not described": ["quantlab/new.py"],
         "not there": ["quantlab/gone.py"],
