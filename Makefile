@@ -31,7 +31,7 @@ fix: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m tools.docs.reference
 	$(BIN)/python -m tools.docs.picture
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
