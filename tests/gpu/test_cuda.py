@@ -14,6 +14,7 @@ from quantlab.quant.grid import Grid, layer_loss
 from quantlab.quant.methods.gptq import solve_gptq
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
+from tests.device_cases import ALLOWED, REFUSED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -27,6 +28,17 @@ def test_solver_agrees_with_the_cpu() -> None:
     assert (cpu.codes != cuda.codes.cpu()).float().mean() < 0.02
     losses = [layer_loss(weight, q, hessian).item() for q in (cpu.dequantize(), cuda.dequantize().cpu())]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_cuda_refuses_what_the_tests_without_it_take_for_refused(name: str) -> None:
+    with pytest.raises((RuntimeError, TypeError)):
+        REFUSED[name](lambda tensor: tensor.cuda())
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_cuda_runs_what_the_tests_without_it_take_for_allowed(name: str) -> None:
+    ALLOWED[name](lambda tensor: tensor.cuda())
 
 
 @pytest.mark.parametrize(
