@@ -16,6 +16,7 @@ from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
 from tests.device_cases import ALLOWED, REFUSED
 
+READERS = {"fp8": ("compressed_tensors",), "bnb-nf4": ("bitsandbytes",), "bnb-int8": ("bitsandbytes",)}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -48,6 +49,7 @@ def test_cuda_runs_what_the_tests_without_it_take_for_allowed(name: str) -> None
         ("gptq", {"group_size": 32}),
         ("gptq", {"group_size": 32, "propagate": "quantized", "act_order": True}),
         ("awq", {"group_size": 32}),
+        ("fp8", {}),
         ("bnb-nf4", {}),
         ("bnb-int8", {}),
     ],
@@ -55,6 +57,8 @@ def test_cuda_runs_what_the_tests_without_it_take_for_allowed(name: str) -> None
 def test_pipeline(
     tiny: Path, calibration_file: Path, tmp_path: Path, method: str, keys: dict[str, Any]
 ) -> None:
+    for reader in READERS.get(method, ("gptqmodel", "optimum")):
+        pytest.importorskip(reader)
     content: dict[str, Any] = {"method": method, **keys}
     if method in ("gptq", "awq"):
         content["calibration"] = {"source": str(calibration_file), "rows": 16, "seq_len": 64}
