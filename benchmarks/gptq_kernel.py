@@ -1,6 +1,7 @@
 """The Triton kernel of GPTQ on the shapes of Llama-3-8B: time a block, a solve and a model, against a column loop.
 
     python benchmarks/gptq_kernel.py [--bits 4] [--group-size 128] [--tile-rows 16] [--warps 4] [--recipes 1]
+                                     [--json FILE]
 
 For each of a decoder layer's four solves (matrices of equal input stacked along their rows): the kernel's time for one
 block of 128 columns, the same block column by column in Python on the same GPU, the whole solve, and the factorisation
@@ -12,9 +13,12 @@ and in float32 (updates, factorisations). Needs CUDA and Triton; exits with 3 wi
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,6 +108,7 @@ def main() -> None:
     parser.add_argument("--warps", type=int, default=4)
     parser.add_argument("--recipes", type=int, default=1, help="copies stacked along the rows")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA: torch sees no NVIDIA GPU on this machine; nothing was measured", file=sys.stderr)
@@ -120,12 +125,17 @@ def main() -> None:
     heads = zip(("kernel/block", "loop/block", "ratio", "solve", "factor"), (14, 12, 8, 10, 10), strict=True)
     print(f"{'solve':<10}{'rows':>8}{'columns':>9}" + "".join(f"{head:>{size}}" for head, size in heads))
     kernels = loops = solves = factors = products = 0.0
+    numbers: dict[str, Any] = {"bfloat16_flops": half, "float32_flops": single, "solves": {}}
     for name, (rows, columns) in SOLVES.items():
         kernel, loop, solve, factoring = measure(rows, columns, args)
         print(
             f"{name:<10}{rows * args.recipes:>8}{columns:>9}{kernel:>11.3f} ms{loop:>9.1f} ms{loop / kernel:>8.0f}"
             f"{solve:>7.0f} ms{factoring:>7.0f} ms"
         )
+        numbers["solves"][name] = {
+            "rows": rows * args.recipes, "columns": columns, "kernel_block_ms": kernel, "loop_block_ms": loop,
+            "solve_ms": solve, "factor_ms": factoring,
+        }  # fmt: skip
         blocks = columns / 128
         kernels, loops = kernels + kernel * blocks, loops + loop * blocks
         solves, factors = solves + solve, factors + factoring
@@ -137,6 +147,11 @@ def main() -> None:
     forwards = 2 * 2 * TOKENS * weights * LAYERS / half
     solving = products * LAYERS / single
     floor = gathering + forwards + solving
+    numbers["model_seconds"] = {
+        "floor": floor, "solving": measured, "solving_floor": solving, "kernel": kernels, "column_loop": loops
+    }  # fmt: skip
+    if args.json is not None:
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     print(f"\n{LAYERS} layers, {TOKENS:,} tokens, in seconds")
     print(f"matrix-rate floor   {floor:8.2f}  ({gathering:.2f} second moments, {forwards:.2f} two forwards,")
     print(f"                              {solving:.2f} solving)")

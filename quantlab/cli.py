@@ -70,6 +70,7 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("results/demo"),
+    device: Device = "cpu",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -79,7 +80,7 @@ def demo(
     with guarded(debug=debug, as_json=as_json):
         from quantlab.demo import run
 
-        run(out, as_json=as_json)
+        run(out, device=device, as_json=as_json)
 
 
 @app.command()

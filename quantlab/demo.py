@@ -67,7 +67,7 @@ STAGES = {
 }
 
 
-def run(out: Path, *, as_json: bool = False) -> None:
+def run(out: Path, *, device: str = "cpu", as_json: bool = False) -> None:
     """The verb."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if (
@@ -76,7 +76,10 @@ def run(out: Path, *, as_json: bool = False) -> None:
         and not any((out / name).exists() for name in ("runs", "student", "student.partial", "data"))
     ):
         raise RecipeError(f"{out} contains something else", hint="pass another --out")
-    lesson = load_recipe(find_recipe(DISTILL), (*TRAINED, f"train.precision={_precision()}"))
+    from quantlab.models.load import pick_device
+
+    device = pick_device(device)
+    lesson = load_recipe(find_recipe(DISTILL), (*TRAINED, f"train.precision={_precision(device)}"))
     assert isinstance(lesson, DistillRecipe)
     recipes = quantize_recipes()
     started = time.monotonic()
@@ -84,7 +87,7 @@ def run(out: Path, *, as_json: bool = False) -> None:
         taught = distill.distill(
             DISTILL,
             lesson,
-            DistillOptions(out=out / "student", results=out, device="cpu", resume=True),
+            DistillOptions(out=out / "student", results=out, device=device, resume=True),
             progress,
         )
         summary = quantize_and_measure(
@@ -93,13 +96,13 @@ def run(out: Path, *, as_json: bool = False) -> None:
                 model=str(out / "student"),
                 out=out / "checkpoints",
                 results=out,
-                device="cpu",
+                device=device,
                 resume=True,
                 prove=False,  # every checkpoint is reloaded and measured here anyway
             ),
             progress,
         )
-        game = _game(str(out / "student"), out, progress)
+        game = _game(str(out / "student"), out, device, progress)
     student = taught["cells"][0]
     summary["rows"] = [
         *summary["rows"],
@@ -109,13 +112,13 @@ def run(out: Path, *, as_json: bool = False) -> None:
     _finish(summary, out, as_json=as_json)
 
 
-def _precision() -> str:
-    """What the student is trained in: bfloat16 saves a third of the time, on CPUs that multiply it."""
+def _precision(device: str) -> str:
+    """What the student is trained in: bfloat16 saves a third of the time, on what multiplies it."""
     import torch
 
     from quantlab.models.precision import computed_in
 
-    return str(computed_in(torch.bfloat16, "cpu")).removeprefix("torch.")
+    return str(computed_in(torch.bfloat16, device)).removeprefix("torch.")
 
 
 def quantize_recipes() -> list[tuple[str, QuantizeRecipe]]:
@@ -131,10 +134,10 @@ def quantize_recipes() -> list[tuple[str, QuantizeRecipe]]:
     return found
 
 
-def _game(ref: str, out: Path, progress: Progress) -> dict[str, Any]:
+def _game(ref: str, out: Path, device: str, progress: Progress) -> dict[str, Any]:
     """The row of a model on the questions about the held-out database; kept apart, they are other questions."""
     options = evaluate.Options(
-        tasks=("text2sql",), results=out / "held-out", overrides=GAME, device="cpu", resume=True
+        tasks=("text2sql",), results=out / "held-out", overrides=GAME, device=device, resume=True
     )
     row: dict[str, Any] = evaluate.evaluate(ref, options, progress)["rows"][0]
     return row

@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from tests.command import ENVIRONMENT as PLAIN_ENVIRONMENT
+from tests.command import ROOT, quantlab
+
 HEAVY = ("torch", "transformers", "pydantic", "rich", "yaml", "numpy", "sqlglot")
 SMALL = [
     "calibration.rows=4",
@@ -37,23 +40,7 @@ PLAIN = [
 ]  # for uncalibrated methods
 
 
-# One thread: the model is tiny, and threads that wait for each other are slow on a busy machine.
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(Path(__file__).parent.parent),
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
-
-
-def quantlab(*arguments: str | Path, cwd: Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run the real command; `code` is the exit status it must have."""
-    done = subprocess.run(
-        [sys.executable, "-m", "quantlab", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300, encoding="utf-8",
-    )  # fmt: skip
-    if code is not None:
-        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+ENVIRONMENT = os.environ | PLAIN_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
 
 
 def imported_by(arguments: Sequence[str], before: str = "") -> set[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +17,7 @@ from quantlab.recipe.distill import DistillRecipe
 from quantlab.recipe.load import parse_recipe
 from quantlab.runs.run import read_jsonl
 from quantlab.text2sql.data.dataset import load_items
+from tests import command
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-a-secret-nobody-may-see-4711"
@@ -85,17 +84,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def quantlab(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "quantlab", *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TEST_TEACHER_KEY": KEY},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
-    return done
+    return command.quantlab(*arguments, cwd=cwd, code=code, environment={"TEST_TEACHER_KEY": KEY})
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,9 @@ r"""Files of other people: JSON lines split at `\n` alone, byte-order marks, and
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from quantlab.text2sql.data.dataset import load_items
 from quantlab.text2sql.data.item import Item
 from quantlab.text2sql.data.predictions import read_judge, read_predictions
 from quantlab.textfile import json_lines, json_objects, parse_json_lines, read_json, read_text
+from tests import command
 
 ROOT = Path(__file__).resolve().parents[1]
 DDL = "CREATE TABLE t (a INTEGER);"
@@ -60,18 +59,10 @@ READERS: dict[str, tuple[str, Reader]] = {
 }
 
 
-def quantlab(*arguments: str, cwd: Path, code: int) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "quantlab", *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "QUANTLAB_CACHE": str(cwd / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+def quantlab(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return command.quantlab(
+        *arguments, cwd=cwd, code=code, environment={"QUANTLAB_CACHE": str(cwd / "cache")}
     )
-    assert done.returncode == code, done.stdout[-1000:] + done.stderr[-2000:]
-    return done
 
 
 # Lines

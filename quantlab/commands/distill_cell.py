@@ -20,6 +20,7 @@ from quantlab.commands.planned_run import PlannedRun, find_baseline, start_run, 
 from quantlab.distill.prepare import prepare, read_source
 from quantlab.distill.processes import is_first_process, process_count
 from quantlab.distill.sweep import Cell
+from quantlab.models.positions import positions_of
 from quantlab.models.provenance import provenance
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.paths import atomic_write_text, short_hash
@@ -195,7 +196,7 @@ def _lay_out(plan: Plan, student: Any, rows: dict[str, Any], options: Options, p
 
     recipe, train = plan.recipe, plan.recipe.train
     # A packed block may be longer than the model's positions, which begin anew in it; a row may not.
-    positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(student.model.config)
     longest = min(train.max_len, positions or train.max_len)
     examples, counts = _encode(recipe, student, rows, longest)
     learned, kept = split_off(examples, train.eval_share, train.seed)

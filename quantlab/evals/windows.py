@@ -16,6 +16,7 @@ import torch
 
 from quantlab.calibration import SEPARATOR, read_texts
 from quantlab.errors import DataError, NotANumber, RecipeError
+from quantlab.models.positions import positions_of
 
 PROTOCOL = "gptq-windows"
 LOGITS_AT_ONCE = 2**25  # values; a batch's logits in float32 stay below 128 MiB where one window allows it
@@ -44,7 +45,7 @@ class Windows:
 
 def load_windows(subject: Any, source: str, seq_len: int, max_tokens: int | None = None) -> Windows:
     """The windows of `source` for the subject's tokenizer; refused when the model cannot attend so far."""
-    longest = context_length(subject.model)
+    longest = positions_of(subject.model.config)
     if longest is not None and seq_len > longest:
         raise RecipeError(
             f"seq_len {seq_len} is longer than the {longest} positions of {subject.name}",
@@ -96,13 +97,6 @@ def refuse_nan(task: str, subject: Any, values: torch.Tensor) -> None:
             f"{task} of {subject.name} is not a number: the logits are NaN in {bad} of {len(values)} places",
             hint="its activations overflow in what it computes in; --set dtype=float32 or bfloat16 may hold them",
         )
-
-
-def context_length(model: Any) -> int | None:
-    """Positions the model was made for, or None where its configuration does not say."""
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    return int(longest) if isinstance(longest, int) and longest > 0 else None
 
 
 def batch_rows(model: Any, seq_len: int) -> int:

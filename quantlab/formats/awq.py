@@ -50,7 +50,7 @@ def unpack(
     """The inverse of :func:`pack`."""
     codes = _unpack_rows(tensors["qweight"], bits).to(torch.uint8)
     width = codes.shape[1] if group_size == -1 else group_size
-    group_of = torch.arange(codes.shape[1]) // width
+    group_of = torch.arange(codes.shape[1], device=codes.device) // width
     zeros = _unpack_rows(tensors["qzeros"], bits)
     return codes, tensors["scales"].t().to(torch.float32), zeros, group_of
 

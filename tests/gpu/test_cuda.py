@@ -14,7 +14,9 @@ from quantlab.quant.grid import Grid, layer_loss
 from quantlab.quant.methods.gptq import solve_gptq
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
+from tests.device_cases import ALLOWED, REFUSED
 
+READERS = {"fp8": ("compressed_tensors",), "bnb-nf4": ("bitsandbytes",), "bnb-int8": ("bitsandbytes",)}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -29,6 +31,17 @@ def test_solver_agrees_with_the_cpu() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_cuda_refuses_what_the_tests_without_it_take_for_refused(name: str) -> None:
+    with pytest.raises((RuntimeError, TypeError)):
+        REFUSED[name](lambda tensor: tensor.cuda())
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_cuda_runs_what_the_tests_without_it_take_for_allowed(name: str) -> None:
+    ALLOWED[name](lambda tensor: tensor.cuda())
+
+
 @pytest.mark.parametrize(
     ("method", "keys"),
     [
@@ -36,6 +49,7 @@ def test_solver_agrees_with_the_cpu() -> None:
         ("gptq", {"group_size": 32}),
         ("gptq", {"group_size": 32, "propagate": "quantized", "act_order": True}),
         ("awq", {"group_size": 32}),
+        ("fp8", {}),
         ("bnb-nf4", {}),
         ("bnb-int8", {}),
     ],
@@ -43,6 +57,8 @@ def test_solver_agrees_with_the_cpu() -> None:
 def test_pipeline(
     tiny: Path, calibration_file: Path, tmp_path: Path, method: str, keys: dict[str, Any]
 ) -> None:
+    for reader in READERS.get(method, ("gptqmodel", "optimum")):
+        pytest.importorskip(reader)
     content: dict[str, Any] = {"method": method, **keys}
     if method in ("gptq", "awq"):
         content["calibration"] = {"source": str(calibration_file), "rows": 16, "seq_len": 64}

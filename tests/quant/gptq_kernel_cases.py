@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from quantlab.quant.block import BlockView
 from quantlab.quant.grid import Grid, storable_scales
+from quantlab.quant.hessian import InputHessian
+from quantlab.quant.kernels import gptq_block as gptq_block_module
 from quantlab.quant.kernels.gptq_block import (
     block_columns,
     full_precision,
@@ -21,7 +25,9 @@ from quantlab.quant.kernels.gptq_block import (
     row_limits,
     solve_columns_cuda,
 )
+from quantlab.quant.methods import gptq
 from quantlab.quant.methods.gptq import inverse_factor, prepare, solve_many
+from tests.fake_cuda import fake_cuda, to_cuda, value_of
 from tests.quant.gptq_replay import Verdict, replay
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_gptq_kernel.py"
@@ -272,6 +278,39 @@ def test_tf32_is_off_inside_and_as_before_after() -> None:
         assert settings.fp32_precision == "tf32"
     finally:
         settings.fp32_precision = before
+
+
+@pytest.mark.parametrize(("act_order", "static_groups"), [(False, False), ("group", False), (True, True)])
+def test_the_way_to_the_kernel_stays_on_the_device(
+    act_order: Any, static_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only GPUs run of the method, with the interpreter for a GPU: it works on the values that tensors hold."""
+    weight, hessian = problem(8, 128, seed=6)
+    grids = [Grid(4, 32, True, 1), Grid(3, 32, False), Grid(4, -1, True)]
+    kernel = gptq_block_module._block_kernel
+
+    class OnValues:
+        def __getitem__(self, tiles: Any) -> Any:
+            return lambda *args, **options: kernel[tiles](*map(value_of, args), **options)
+
+    monkeypatch.setattr(gptq_block_module, "_block_kernel", OnValues())
+    monkeypatch.setattr(gptq, "available", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+
+    def solved(place: Any) -> Any:
+        moments = InputHessian(["a", "b"], place(hessian), place(torch.ones(128)), 1)
+        view = BlockView({"a": place(weight[:5]), "b": place(weight[5:])}, [moments])
+        return gptq.quantize_block(view, grids, act_order=act_order, static_groups=static_groups)
+
+    here = solved(lambda tensor: tensor)
+    with fake_cuda():
+        there = solved(to_cuda)
+    for one, other in zip(there, here, strict=True):
+        assert one.loss == other.loss
+        for name, expected in other.quantized.items():
+            for part in ("codes", "scales", "zeros", "group_of"):
+                found = getattr(one.quantized[name], part)
+                assert found.is_cuda and torch.equal(found.value, getattr(expected, part))
 
 
 def test_total() -> None:

@@ -4,10 +4,8 @@ told, and which predictions belong to which of them."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.text2sql.data.dataset import digest, distinct_ids, id_notes, load_items
 from quantlab.text2sql.data.item import BadRow
 from quantlab.text2sql.data.predictions import read_judge, read_predictions
+from tests import command
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = ["470", "471", "472", "1031", "471", "1031", "9", "1031"]
@@ -252,17 +251,9 @@ def test_a_judge_of_some(plain: Path, tmp_path: Path) -> None:
 
 
 def quantlab(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "quantlab", *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "QUANTLAB_CACHE": str(cwd / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    return command.quantlab(
+        *arguments, cwd=cwd, code=code, environment={"QUANTLAB_CACHE": str(cwd / "cache")}
     )
-    assert done.returncode == code, done.stdout[-1000:] + done.stderr[-2000:]
-    return done
 
 
 def test_a_benchmark_with_repeats_through_the_command_line(bird: Path, tmp_path: Path) -> None:

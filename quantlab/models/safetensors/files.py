@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import DataError, MachineError
+from quantlab.models.positions import positions_of
 from quantlab.models.safetensors.weight_files import (
     ADAPTER_CONFIG,
     WeightFiles,
@@ -48,7 +49,6 @@ DTYPE_BYTES = {
     "U64": 8,
 }
 WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # code runs only when trusted
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # keys of config.json
 # Who decides which experts a token goes to, and how much of each.
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 
@@ -119,8 +119,7 @@ class ModelFiles:
     @property
     def positions(self) -> int | None:
         """How many tokens the model was made to attend to; None where its configuration does not say."""
-        found = (self.config.get(key) for key in POSITIONS)
-        return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+        return positions_of(self.config)
 
     @cached_property
     def block_prefix(self) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantlab.data.exclusions import normal_question
+from quantlab.models.positions import positions_of
 from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.text2sql.data.dataset import load_items
 from quantlab.text2sql.data.item import Item
@@ -53,12 +54,5 @@ def make_prompts(
 
 def prompt_room(model: Any, max_new_tokens: int) -> int | None:
     """How many tokens a prompt may have, or None where the model's configuration does not say what it can read."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):  # a model that also sees has its text part's numbers inside
-        config = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    for name in names:
-        size = getattr(config, name, None)
-        if isinstance(size, int) and size > 1:
-            return size - max(1, min(max_new_tokens, size // ANSWER_SHARE))
-    return None
+    size = positions_of(getattr(model, "config", None))
+    return size - max(1, min(max_new_tokens, size // ANSWER_SHARE)) if size and size > 1 else None
