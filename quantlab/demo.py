@@ -169,9 +169,8 @@ def _finish(summary: dict[str, Any], out: Path, *, as_json: bool) -> None:
     print(f"page         {out / 'leaderboard.html'}")
     print(f"every answer {out / 'runs'}/<run>/samples/text2sql.jsonl")
     print(f"student      {out / 'student'}")
-    print(
-        f"checkpoints  {out / 'checkpoints'}/<recipe>, each loads with transformers alone"
-    )  # none of them has experts
+    # none of them has experts
+    print(f"checkpoints  {out / 'checkpoints'}/<recipe>, each loads with transformers alone")
 
 
 def expected(recipes: list[tuple[str, QuantizeRecipe]]) -> dict[str, float]:

@@ -180,9 +180,8 @@ def test_a_quantized_cache_reaches_the_tasks() -> None:
     for task in ("perplexity", "text2sql", "fidelity", "speed"):
         options = cached.tasks.of(task)
         assert options.kv_cache == cached.tasks.kv_cache and plain.tasks.of(task).kv_cache is None  # type: ignore[attr-defined]
-        assert options != plain.tasks.of(
-            task
-        )  # measured otherwise, so neither serves as the other's baseline
+        # measured otherwise, so neither serves as the other's baseline
+        assert options != plain.tasks.of(task)
         assert options.model_dump() == plain.tasks.of(task).model_dump()
 
 
