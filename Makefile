@@ -1,5 +1,6 @@
 # make demo   install when needed, then the whole story on the embedded model (CPU, offline)
-# make test   the tests          make check   ruff and mypy          make fix   what ruff can repair
+# make test   the tests, some minutes; make fast: those without processes and models; make test-all: every one
+# make check  ruff and mypy      make fix   what ruff can repair
 # make docs   the reference from the code, then the site in build/site
 # VENV=dir uses another environment; TORCH_INDEX=url takes torch from another index (empty: the default one).
 
@@ -9,15 +10,26 @@ VENV ?= .venv
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 
 BIN := $(VENV)/bin
+# Tests are many and small: several processes of one thread each, a file at a time.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fix docs clean
+.PHONY: demo fast test rest test-all check fix docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quantlab demo
 
+fast: $(VENV)/.installed-dev
+	$(PYTEST) -m fast
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not exhaustive"
+
+rest: $(VENV)/.installed-dev
+	$(PYTEST) -m exhaustive
+
+test-all: test rest
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

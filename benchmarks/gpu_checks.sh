@@ -4,15 +4,22 @@
 #
 #     bash benchmarks/gpu_checks.sh [--out FILE] [--only PART...] [--seconds 540]
 #
-# Python: $PYTHON where it is set, else $VENV (.venv) or python3, whichever has a torch that sees the GPU. Where none has,
-# $VENV is made with `make`, which needs a package index. WHEELS=DIR: wheels that are unpacked beside Python first, for
-# machines that reach no index. What is still missing is named in the file, and the parts that need it are skipped.
+# Python: $PYTHON where it is set, else the one in $VENV (.venv), else python3, as long as its torch sees the GPU. Where
+# none has all packages and an index can be reached, $VENV is made with `make`. WHEELS=DIR: wheels to be unpacked beside
+# Python first, for machines that reach no index. What is still missing then is named in the file, and the parts that
+# need it are skipped.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 venv=${VENV:-.venv}
-site=
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 
 sees_gpu() { timeout 60 "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1; }
+lacks_nothing() { [ -z "$("$1" benchmarks/gpu_checks.py --missing)" ]; }
+reaches_index() {
+    timeout 30 python3 -m pip download --quiet --no-deps --retries 0 --timeout 5 -d "$work/index" typing-extensions \
+        >/dev/null 2>&1
+}
 
 found=
 for python in ${PYTHON:+"$PYTHON"} "$venv/bin/python" python3; do
@@ -21,18 +28,20 @@ for python in ${PYTHON:+"$PYTHON"} "$venv/bin/python" python3; do
         break
     fi
 done
-if [ -z "$found" ] && timeout 20 nvidia-smi -L >/dev/null 2>&1; then
-    echo "no Python here has a torch that sees the GPU: installing into $venv" >&2
-    timeout 240 make VENV="$venv" "$venv/.installed-dev" >&2
-    sees_gpu "$venv/bin/python" && found=$venv/bin/python
+if [ -z "$found" ] && ! timeout 20 nvidia-smi -L >/dev/null 2>&1; then
+    echo "no NVIDIA GPU that torch can use on this machine: nothing was run" >&2
+    exit 3
+fi
+if [ -n "${WHEELS:-}" ] && [ -n "$found" ]; then
+    "$found" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" "$WHEELS"/*.whl >&2
+    export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+fi
+if { [ -z "$found" ] || ! lacks_nothing "$found"; } && reaches_index; then
+    echo "installing into $venv" >&2
+    timeout 240 make VENV="$venv" "$venv/.installed-dev" >&2 && sees_gpu "$venv/bin/python" && found=$venv/bin/python
 fi
 if [ -z "$found" ]; then
     echo "no NVIDIA GPU that torch can use on this machine: nothing was run" >&2
     exit 3
 fi
-if [ -n "${WHEELS:-}" ]; then
-    site=$(mktemp -d)
-    trap 'rm -rf "$site"' EXIT
-    "$found" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl >&2
-fi
-PYTHONPATH=$PWD${site:+:$site}${PYTHONPATH:+:$PYTHONPATH} "$found" benchmarks/gpu_checks.py --elapsed "$SECONDS" "$@"
+"$found" benchmarks/gpu_checks.py --elapsed "$SECONDS" "$@"

@@ -42,6 +42,8 @@ MEASURED = (
     "tasks.speed.repeats=3",
 )
 SMALLER = (*MEASURED, "tasks.fidelity.max_tokens=5000", "calibration.rows=32")
+TIMED = ("bnb-int8", "bnb-nf4", "gptq-int4", "awq-int4")  # one recipe for each kernel; a speed takes ten seconds
+UNTIMED = "evaluate=[perplexity, text2sql, fidelity]"
 TRAINED = (
     *MEASURED,
     "evaluate=[perplexity, text2sql, speed]",
@@ -128,7 +130,8 @@ def quantize_recipes() -> list[tuple[str, QuantizeRecipe]]:
         path = find_recipe(name)
         plain = load_recipe(path)
         assert isinstance(plain, QuantizeRecipe)
-        recipe = load_recipe(path, [key for key in SMALLER if usable(key, plain.method)])
+        keys = SMALLER if name in TIMED else (*SMALLER, UNTIMED)
+        recipe = load_recipe(path, [key for key in keys if usable(key, plain.method)])
         assert isinstance(recipe, QuantizeRecipe)
         found.append((name, recipe))
     return found
@@ -169,15 +172,14 @@ def _finish(summary: dict[str, Any], out: Path, *, as_json: bool) -> None:
     print(f"page         {out / 'leaderboard.html'}")
     print(f"every answer {out / 'runs'}/<run>/samples/text2sql.jsonl")
     print(f"student      {out / 'student'}")
-    print(
-        f"checkpoints  {out / 'checkpoints'}/<recipe>, each loads with transformers alone"
-    )  # none of them has experts
+    # none of them has experts
+    print(f"checkpoints  {out / 'checkpoints'}/<recipe>, each loads with transformers alone")
 
 
 def expected(recipes: list[tuple[str, QuantizeRecipe]]) -> dict[str, float]:
     """Outermost task name → seconds expected."""
     steps = dict(STAGES)
-    for count in (2, len(recipes) + 1):  # base and student; the student again, and what is made of it
+    for count in (2, len(TIMED) + 1):  # base and student; the student again, and what is made of it
         steps[f"speed of {count} models"] = TASKS["speed"].seconds * count
     for name in ("none", DISTILL):
         steps |= {f"{name}: {task}": TASKS[task].seconds for task in ("perplexity", "text2sql")}

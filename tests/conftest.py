@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.tiers import tiers_of
+
 # A busy machine is slow at the first example; that says nothing about the code.
 settings.register_profile("quantlab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("quantlab")
+
+TESTS = Path(__file__).parent
+_FAST = {"running": False}  # whether the test at hand may start no process
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name = getattr(item, "originalname", None) or item.name
+        for mark in tiers_of(item.path.relative_to(TESTS).as_posix(), name):
+            item.add_marker(mark)
+
+
+def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
+    if _FAST["running"] and event in ("subprocess.Popen", "os.posix_spawn", "os.fork"):
+        raise RuntimeError(f"a test of `make fast` starts a process ({arguments[:1]}); see tests/tiers.py")
+
+
+sys.addaudithook(_refuse_processes)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    _FAST["running"] = item.get_closest_marker("fast") is not None
+    yield
+    _FAST["running"] = False
+
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BABY = SHARED / "models" / "babyllama-char-1M"

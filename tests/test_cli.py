@@ -35,9 +35,8 @@ SMALL = [
     "tasks.speed.repeats=1",
 ]
 SETS = [word for key in SMALL for word in ("--set", key)]
-PLAIN = [
-    word for key in SMALL if key.startswith("tasks.") for word in ("--set", key)
-]  # for uncalibrated methods
+# for uncalibrated methods
+PLAIN = [word for key in SMALL if key.startswith("tasks.") for word in ("--set", key)]
 
 
 ENVIRONMENT = os.environ | PLAIN_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
@@ -274,9 +273,8 @@ def test_evaluate_a_checkpoint_against_its_original(
     mine = next(row for row in rows if row["model"] == checkpoint)
     before = rows_of(place / "results" / "leaderboard.csv")["gptq"]
     assert mine["method"] == "gptq" and mine["stage"] == "quantized" and mine["bits"] == 4
-    assert mine["ppl"] == pytest.approx(
-        float(before["ppl"]), rel=1e-4
-    )  # the same checkpoint, the same number
+    # the same checkpoint, the same number
+    assert mine["ppl"] == pytest.approx(float(before["ppl"]), rel=1e-4)
     assert mine["kl_mean"] == pytest.approx(float(before["kl_mean"]), rel=1e-3)
     assert mine["ppl_ratio"] == pytest.approx(float(before["ppl_ratio"]), rel=1e-4)
 

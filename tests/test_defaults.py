@@ -57,9 +57,8 @@ def test_what_is_made_from_the_embedded_model_counts_as_embedded(tiny: Path, tmp
     for folder in (parent, child):
         assert settle(recipe, open_files(folder)).tasks.perplexity.source == "heldout.txt"
     assert settle(recipe, open_files(other)).tasks.perplexity.source == "general.txt"
-    (other / "quantlab.json").write_text(
-        json.dumps({"parent": str(other)})
-    )  # its own parent: no endless chain
+    # its own parent: no endless chain
+    (other / "quantlab.json").write_text(json.dumps({"parent": str(other)}))
     assert settle(recipe, open_files(other)).tasks.perplexity.source == "general.txt"
 
 

@@ -206,9 +206,8 @@ def test_evidence_that_is_no_text_is_said_before_any_work(tmp_path: Path) -> Non
     (tmp_path / "r.yaml").write_text("kind: distill\nstudent: {model: embedded:base}\n", encoding="utf-8")
     named = "rows.jsonl:2: 'evidence' must be text, found a list"
     learned = ("--set", "data.source=rows.jsonl", "--dry-run")
-    assert (
-        named in quantlab("distill", "r.yaml", *learned, cwd=tmp_path).stdout
-    )  # left out, as any unreadable row
+    # left out, as any unreadable row
+    assert named in quantlab("distill", "r.yaml", *learned, cwd=tmp_path).stdout
     asked = ("--set", "tasks.text2sql.data=rows.jsonl", "--dry-run")
     assert named in quantlab("distill", "r.yaml", *asked, cwd=tmp_path, code=4).stderr
     assert not (tmp_path / "results").exists()

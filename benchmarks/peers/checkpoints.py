@@ -62,9 +62,8 @@ class Checkpoint:
     def install(self, model: nn.Module) -> None:
         """Copy every weight into a plain ``model`` of the same architecture; ties stay."""
         parameters, weights = dict(model.named_parameters()), self.weights("")
-        weights.pop(
-            "" if "lm_head.weight" in parameters else "lm_head.weight", None
-        )  # stored although it is tied
+        # stored although it is tied
+        weights.pop("" if "lm_head.weight" in parameters else "lm_head.weight", None)
         if weights.keys() != parameters.keys():
             different = ", ".join(sorted(weights.keys() ^ parameters.keys())[:4])
             raise ValueError(f"{self.path} does not hold the parameters of this model: {different}")

@@ -60,9 +60,8 @@ class Plan:
     out: Path
     made: bool  # the student is there already
     measured: bool
-    source: (
-        Source | None
-    )  # rows, read once; None for plain text and for the hub, which planning does not fetch
+    # rows, read once; None for plain text and for the hub, which planning does not fetch
+    source: Source | None
 
 
 def plan_cell(name: str, cell: Cell, options: Options) -> Plan:

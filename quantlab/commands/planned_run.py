@@ -26,9 +26,8 @@ from quantlab.registry import load
 from quantlab.registry.tasks import TASKS, options_key
 from quantlab.runs.run import Run, read_runs
 
-COMPARED = tuple(
-    name for name, task in TASKS.items() if task.compared
-)  # set against the baseline's own numbers
+# set against the baseline's own numbers
+COMPARED = tuple(name for name, task in TASKS.items() if task.compared)
 
 
 @dataclass(frozen=True)

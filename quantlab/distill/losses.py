@@ -160,9 +160,8 @@ def student_buckets(logits: torch.Tensor, top_indices: torch.Tensor) -> torch.Te
     indices = top_indices.to(torch.int64)
     lowest = torch.finfo(logits.dtype).min
     whole = torch.logsumexp(logits, dim=1, keepdim=True)
-    chosen = logits.gather(1, indices).clamp_min(
-        lowest / 4
-    )  # a masked logit of -inf would make NaN gradients
+    # a masked logit of -inf would make NaN gradients
+    chosen = logits.gather(1, indices).clamp_min(lowest / 4)
     if indices.shape[1] == logits.shape[1]:
         return chosen - whole
     others = logits.scatter(1, indices, lowest)

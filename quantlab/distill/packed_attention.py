@@ -44,9 +44,8 @@ class Rows:
 
     count: int
     longest: int
-    index: (
-        torch.Tensor
-    )  # int64 [count · longest]: the token at each padded place; padding repeats a row's first
+    # int64 [count · longest]: the token at each padded place; padding repeats a row's first
+    index: torch.Tensor
     places: torch.Tensor  # int64 [Σ lengths]: the padded places that are not padding
     tokens: torch.Tensor  # int64 [Σ lengths]: the tokens there
 

@@ -119,9 +119,8 @@ def _adapt(model: Any, r: int, alpha: int, dropout: float, targets: str | Sequen
     model.requires_grad_(False)
     names: str | list[str] = targets if isinstance(targets, str) else list(targets)
     packed = {n.rpartition(".")[2] for n, m in model.named_modules() if packed_as(m) == "BaseQuantLinear"}
-    if (
-        names == "all-linear" and packed
-    ):  # peft knows plain and bitsandbytes layers by that word, not gptqmodel's
+    # peft knows plain and bitsandbytes layers by that word, not gptqmodel's
+    if names == "all-linear" and packed:
         names = sorted(packed)
     config = LoraConfig(
         r=r,

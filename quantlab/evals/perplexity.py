@@ -81,9 +81,8 @@ def window_nll(model: Any, ids: torch.Tensor, caches: Caches | None = None) -> t
         end = min(start + POSITIONS_AT_ONCE, ids.shape[1] - 1)
         part = logits[:, start:end].float()
         targets = ids[:, start + 1 : end + 1].to(part.device)
-        loss = functional.cross_entropy(
-            part.transpose(1, 2), targets, reduction="none"
-        )  # [windows, positions]
+        # [windows, positions]
+        loss = functional.cross_entropy(part.transpose(1, 2), targets, reduction="none")
         total += loss.double().sum(dim=1).cpu()
     return total
 

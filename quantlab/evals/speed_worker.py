@@ -24,14 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import MachineError, QuantlabError
+from quantlab.registry.formats import FORMATS
 from quantlab.workers import die_with_parent
 
 ROUND_SECONDS = 0.5  # at least, of each kind of work
 SETTLED = 0.05  # the two latest rounds differ by less
 WARM_UP_ROUNDS, WARM_UP_SECONDS = 8, 120.0
-# What reads a kind of checkpoint; an idle process has imported it too.
-LIBRARIES = {"bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel",
-             "compressed-tensors": "compressed_tensors"}  # fmt: skip
 
 
 def main() -> None:
@@ -233,9 +231,9 @@ def _imports(kind: str | None) -> None:
     quiet_libraries()
     importlib.import_module("transformers.modeling_utils")
     importlib.import_module("transformers.models.auto.modeling_auto")
-    if kind in LIBRARIES:
+    for library in FORMATS[kind].requires if kind in FORMATS else ():
         with suppress(ImportError):  # loading says what is missing
-            importlib.import_module(LIBRARIES[kind])
+            importlib.import_module(library)
 
 
 if __name__ == "__main__":

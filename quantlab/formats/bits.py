@@ -39,9 +39,8 @@ def unpack(words: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     codes = torch.empty(n // period, period, m, dtype=torch.int32, device=words.device)
     for i in range(period):
         word, shift = divmod(i * bits, 32)
-        held = min(
-            bits, 32 - shift
-        )  # bits of the code in this word; the mask drops the copies of the sign bit
+        # bits of the code in this word; the mask drops the copies of the sign bit
+        held = min(bits, 32 - shift)
         value = (grouped[:, word] >> shift) & (2**held - 1)
         if held < bits:
             value |= (grouped[:, word + 1] << held) & (2**bits - 1)

@@ -25,11 +25,12 @@ from torch import nn
 
 from quantlab.errors import DataError
 
+# what transformers says of experts that differ
 UNUSUAL = (
     "has_bias",
     "is_transposed",
     "has_post_expert_norm",
-)  # what transformers says of experts that differ
+)
 MINIATURE = 8  # hidden size and width of the experts that are tried
 
 

@@ -43,9 +43,8 @@ def named_code(path: Path) -> list[str]:
 def _modules(mapping: Any) -> Iterator[str]:
     """Modules of the directory itself in the values of an ``auto_map``."""
     for value in mapping.values() if isinstance(mapping, dict) else ():
-        for reference in (
-            value if isinstance(value, list) else [value]
-        ):  # tokenizers name a slow and a fast class
+        # tokenizers name a slow and a fast class
+        for reference in value if isinstance(value, list) else [value]:
             if isinstance(reference, str) and "--" not in reference and "." in reference:
                 yield reference.rpartition(".")[0].replace(".", "/")
 

@@ -95,9 +95,8 @@ def stored_tokens(path: Path) -> dict[str, int]:
         if isinstance(entry, dict) and isinstance(entry.get("id"), int):
             tokens[str(entry.get("content"))] = entry["id"]
     for token, number in _vocabulary(_json(path / "added_tokens.json")).items():
-        tokens.setdefault(
-            token, max(tokens.values()) + 1 if described else number
-        )  # beside tokenizer.json: appended
+        # beside tokenizer.json: appended
+        tokens.setdefault(token, max(tokens.values()) + 1 if described else number)
     settings = _json(path / "tokenizer_config.json")
     decoder = settings.get("added_tokens_decoder")
     for number, entry in decoder.items() if isinstance(decoder, dict) else ():

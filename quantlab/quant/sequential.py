@@ -200,9 +200,8 @@ class _Step:
 
     def run(self, stream: Stream, *, last: bool) -> None:
         states, pending = stream.states, [p for p in stream.plans if not p.writer.has_block(self.index)]
-        behind = (
-            states is not None and states.step <= self.index + 1
-        )  # the states are still before this block
+        # the states are still before this block
+        behind = states is not None and states.step <= self.index + 1
         # Methods that see the inputs find them where they are; they move on once everything is solved.
         holds = [p for p in pending if "inputs" in METHODS[p.method].needs]
         moments, moved = self._moments(stream, pending, behind, last or bool(holds))

@@ -226,10 +226,11 @@ def _generate(subject: Any, rows: Sequence[Sequence[int]], limit: int) -> list[t
     config = GenerationConfig(
         do_sample=False, max_new_tokens=limit, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )
+    # no sampling that a checkpoint suggests
     suggested, model.generation_config = (
         model.generation_config,
         config,
-    )  # no sampling that a checkpoint suggests
+    )
     try:
         with torch.inference_mode():
             made = model.generate(

@@ -251,9 +251,8 @@ def test_evidence_that_is_no_text_is_named_by_file_and_row(tmp_path: Path, value
     source = read_source(recipe(tmp_path, str(path)))
     assert [item.id for item in source.items] == ["a"] and "rows.jsonl:2" in source.bad[0].reason
     with pytest.raises(QuantlabError, match="evidence"):
-        ask_teacher(
-            source.items, Teacher(model=f"file:{path}"), tmp_path / "ledger.db", 0, Silent()
-        )  # recorded answers too
+        # recorded answers too
+        ask_teacher(source.items, Teacher(model=f"file:{path}"), tmp_path / "ledger.db", 0, Silent())
 
 
 def test_a_row_whose_prompt_evaluation_would_cut_is_left_out(subject: Any, tmp_path: Path) -> None:

@@ -90,9 +90,8 @@ def test_an_unknown_task_names_the_nearest(tiny: Any, folder: Path, monkeypatch:
     original = lm_eval.tasks.TaskManager
 
     def without_defaults(*args: Any, **kwargs: Any) -> Any:
-        return original(
-            *args, **{**kwargs, "include_defaults": False}
-        )  # scanning thousands of files takes seconds
+        # scanning thousands of files takes seconds
+        return original(*args, **{**kwargs, "include_defaults": False})
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", without_defaults)
     with pytest.raises(RecipeError, match="no task 'tiny_choise'") as caught:

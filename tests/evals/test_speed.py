@@ -67,9 +67,8 @@ def test_two_models_take_turns(plain: Path, small: Path) -> None:
     )
     assert ratios[0] <= ours.metrics["decode_ratio"] <= ratios[-1]
     counted = [theirs.details["decode_rounds"][i] for i in ours.details["rounds_counted"]]
-    pace = ours.metrics["decode_ratio"] * statistics.median(
-        counted
-    )  # however fast the machine was in each round
+    # however fast the machine was in each round
+    pace = ours.metrics["decode_ratio"] * statistics.median(counted)
     assert ours.metrics["decode_tok_s"] == pytest.approx(pace)
     assert "decode_ratio" not in theirs.metrics  # nobody is compared with itself
     assert ours.details["kernel"] != "torch" and theirs.details["kernel"] == "torch"

@@ -90,9 +90,8 @@ def test_more_budget_never_costs_more(seed: int) -> None:
 
 def test_the_order_of_layers_and_ties_between_choices_change_nothing() -> None:
     random_ = random.Random(5)
-    layers = [
-        Layer(f"l{i}", 16, {2: 5.0, 3: 2.0, 4: 1.0}) for i in range(12)
-    ]  # any of them may have the odd bits
+    # any of them may have the odd bits
+    layers = [Layer(f"l{i}", 16, {2: 5.0, 3: 2.0, 4: 1.0}) for i in range(12)]
     first = allocate(layers, 2.9)
     for _ in range(20):
         shuffled = random_.sample(layers, len(layers))

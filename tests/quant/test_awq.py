@@ -90,9 +90,8 @@ def block_view() -> BlockView:
         moments(["mlp.gate_proj", "mlp.up_proj"], 64), moments(["mlp.down_proj"], 96),
     ]  # fmt: skip
     feeds = NormInput(torch.rand(64, generator=seeded).to(torch.bfloat16) + 0.5, 0.0)
-    values = (
-        torch.arange(64) // 32 * 16 + torch.arange(64) % 16
-    )  # two value heads of 16, each for two query heads
+    # two value heads of 16, each for two query heads
+    values = torch.arange(64) // 32 * 16 + torch.arange(64) % 16
     structure = ScaleFolds(
         (NormFold("norm", ("attn.q_proj", "attn.k_proj", "attn.v_proj"), ()),),
         (

@@ -84,9 +84,8 @@ def block(place: Callable[[torch.Tensor], torch.Tensor]) -> BlockView:
         gathered.add(place(x))
         gathered.layers = list(layers)
         moments.append(gathered.finish())
-    rows = (
-        torch.arange(32).view(2, 16).repeat_interleave(2, dim=0).reshape(-1)
-    )  # two heads read one of values
+    # two heads read one of values
+    rows = torch.arange(32).view(2, 16).repeat_interleave(2, dim=0).reshape(-1)
     found = ScaleFolds(
         (NormFold("norm", READERS, ("router",)), NormFold("second", ("gate_proj", "up_proj"), ())),
         (LinearPair("v_proj", "o_proj", rows), LinearPair("up_proj", "down_proj", torch.arange(WIDE))),

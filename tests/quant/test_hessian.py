@@ -76,9 +76,8 @@ def test_a_forward_ends_at_the_last_linear_where_only_inputs_are_wanted(tiny: Pa
                     ended += 1
                 collector.next_batch()
         handle.remove()
-        assert (ended, len(through)) == (
-            (2, 1) if inputs_only else (0, 3)
-        )  # the first tells which is the last
+        # the first tells which is the last
+        assert (ended, len(through)) == ((2, 1) if inputs_only else (0, 3))
         found.append(collector.finish())
     for one, other in zip(*found, strict=True):
         assert one.layers == other.layers and one.tokens == other.tokens

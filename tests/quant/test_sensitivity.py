@@ -173,9 +173,8 @@ def test_what_overflows_is_refused(tmp_path: Path) -> None:
     hidden, calls = model.inputs(ROWS)
     probe = Probe(hidden)
     probe.forward(model.block(0), calls[0])
-    probe.score(
-        lambda states: states + (states - states.detach()) * 3e38 * 3e38
-    )  # only its gradient is infinite
+    # only its gradient is infinite
+    probe.score(lambda states: states + (states - states.detach()) * 3e38 * 3e38)
     with pytest.raises(ValueError, match="gradients overflow"):
         probe.backward(model.block(0), calls[0])
     again = Probe(hidden)

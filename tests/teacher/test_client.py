@@ -155,9 +155,8 @@ def test_money_stops_before_the_limit_and_goes_on(tmp_path: Path) -> None:
         half = gather(requests, poor, tmp_path / "l.db", Silent())
         done = sum(answer is not None for answer in half.answers)
         assert half.spending.usd == pytest.approx(bill(server)) and bill(server) <= limit
-        assert (
-            20 <= done <= 30 and half.failed == {}
-        )  # near the half: only the last request's worst case is left over
+        # near the half: only the last request's worst case is left over
+        assert 20 <= done <= 30 and half.failed == {}
         assert half.stopped is not None and "raise max_usd and run the same command" in half.stopped
         again = gather(requests, poor, tmp_path / "l.db", Silent())
         assert again.spending.requests == 0 and again.stopped is not None  # the limit is for all runs

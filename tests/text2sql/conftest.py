@@ -24,9 +24,8 @@ INSERT INTO players VALUES
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = (
-        tmp_path_factory.mktemp("db") / "선수들 #1?.sqlite"
-    )  # blanks, Korean and URI characters in the name
+    # blanks, Korean and URI characters in the name
+    path = tmp_path_factory.mktemp("db") / "선수들 #1?.sqlite"
     connection = sqlite3.connect(path)
     connection.executescript(SCHEMA)
     connection.close()

@@ -136,9 +136,8 @@ def test_a_mysql_dump() -> None:
         and not column(schema, "고객", "created").not_null
     )
     orders = table(schema, "주문")
-    assert orders.foreign_keys == (
-        ForeignKey(("고객",), "고객", ("고객_id",)),
-    )  # twice in the DDL, once without columns
+    # twice in the DDL, once without columns
+    assert orders.foreign_keys == (ForeignKey(("고객",), "고객", ("고객_id",)),)
     assert orders.uniques == (("상태", "수량"),) and orders.primary_key == ("id",)
     assert column(schema, "주문", "상태").choices == ("대기", "완료")
     assert (column(schema, "주문", "수량").low, column(schema, "주문", "수량").high) == (1, 10)
@@ -306,9 +305,8 @@ def test_keys_written_in_any_way() -> None:
     connection.execute("PRAGMA foreign_keys = 1")
     create_database(schema, connection)
     connection.execute("INSERT INTO Class VALUES ('a', NULL)")
-    connection.execute(
-        "INSERT INTO enroll VALUES ('a', 7)"
-    )  # student(num) is no key: SQLite could not check it
+    # student(num) is no key: SQLite could not check it
+    connection.execute("INSERT INTO enroll VALUES ('a', 7)")
     with pytest.raises(sqlite3.IntegrityError):
         connection.execute("INSERT INTO enroll VALUES ('b', 7)")
 

@@ -17,11 +17,12 @@ from quantlab.report.leaderboard import recipe_name
 ROOT = Path(__file__).parents[2]
 CSV, PICTURE = ROOT / "results" / "leaderboard.csv", ROOT / "docs" / "assets" / "leaderboard.svg"
 WIDTH, LINE, TOP, BOTTOM = 760, 28, 46, 44
+# where names start, and the two scales from pixel to pixel
 NAMES, ACCURACY, SIZE = (
     10,
     (170, 490),
     (560, 690),
-)  # where names start, and the two scales from pixel to pixel
+)
 INK, FAINT, PLAIN = "#24292f", "#d0d7de", "#555555"
 
 Row = Mapping[str, str]

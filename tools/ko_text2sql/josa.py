@@ -19,13 +19,14 @@ _SILENT = "'\"`’”」』》〉)]}> .!?…"
 _DIGITS = {"1": RIEUL, "2": VOWEL, "3": CONSONANT, "4": VOWEL, "5": VOWEL, "6": CONSONANT, "7": RIEUL, "8": RIEUL,
            "9": VOWEL, "0": CONSONANT}  # fmt: skip
 _LETTERS = {"L": RIEUL, "M": CONSONANT, "N": CONSONANT, "R": RIEUL}
+# 킬로그램, 톤, 데시벨
 _FINAL_UNITS = {
     "kg": CONSONANT,
     "g": CONSONANT,
     "mg": CONSONANT,
     "t": CONSONANT,
     "dB": RIEUL,
-}  # 킬로그램, 톤, 데시벨
+}
 _OPEN_UNITS = ("km", "m", "cm", "mm", "l", "L", "ml", "mL", "kcal", "GB", "MB", "KB", "Hz", "W", "kWh")
 _UNITS = dict.fromkeys(_OPEN_UNITS, VOWEL) | _FINAL_UNITS
 _SIGNS = {
@@ -69,9 +70,8 @@ def _digit_ending(text: str) -> int:
     digits = text.replace(",", "")
     zeros = len(digits) - len(digits.rstrip("0"))
     whole = "." not in digits[-zeros - 2 :]
-    return (
-        VOWEL if whole and 12 <= zeros < 16 and len(digits) > zeros else CONSONANT
-    )  # 조 has no final consonant
+    # 조 has no final consonant
+    return VOWEL if whole and 12 <= zeros < 16 and len(digits) > zeros else CONSONANT
 
 
 @lru_cache(maxsize=65536)

@@ -239,9 +239,8 @@ def solve_many(
     if available(weight.device):
         from quantlab.quant.kernels.gptq_block import solve_columns_cuda
 
-        w = (
-            weight.to(torch.float32).masked_fill(dead, 0.0)[:, order].repeat(len(grids), 1)
-        )  # [grids * out, in]
+        # [grids * out, in]
+        w = weight.to(torch.float32).masked_fill(dead, 0.0)[:, order].repeat(len(grids), 1)
         codes, scales, zeros, loss = solve_columns_cuda(w, prepared.factor, order, grids, static)
         codes = codes.t()
         fitted = [(scales[part].t(), zeros[part].t()) for part in parts]

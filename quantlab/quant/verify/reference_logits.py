@@ -290,10 +290,11 @@ class _Skeleton(BlockwiseModel):
 
 def _after_blocks(opened: BlockwiseModel, rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """The model's forward pass with ``hidden`` for what its blocks return."""
+    # blocks return a tensor, in older models a tuple of which the first is taken
     for packed in (
         False,
         True,
-    ):  # blocks return a tensor, in older models a tuple of which the first is taken
+    ):
         stand = [_Stand(hidden if i == 0 else None, packed) for i in range(len(opened.blocks))]
         for block, one in zip(opened.blocks, stand, strict=True):
             block.forward = one  # type: ignore[assignment]

@@ -20,9 +20,8 @@ from quantlab.text2sql.dialects.nodes import (
 )
 
 Handler: TypeAlias = Callable[[list[exp.Expression], Context], exp.Expression]
-Table: TypeAlias = dict[
-    str, tuple[range, Handler]
-]  # name → (numbers of arguments it takes, what makes the SQLite call)
+# name → (numbers of arguments it takes, what makes the SQLite call)
+Table: TypeAlias = dict[str, tuple[range, Handler]]
 SEVERAL = range(1, 100)
 
 

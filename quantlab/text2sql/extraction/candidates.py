@@ -183,9 +183,8 @@ def _read(text: str, start: int, limit: int) -> Place:
     end = scan(text, start, limit)
     if not text[:start].endswith("("):
         return Place(start, end)
-    if _SET_OPERATION.match(
-        text, end.stop, limit
-    ):  # (SELECT …) UNION (SELECT …): the parenthesis belongs to it
+    # (SELECT …) UNION (SELECT …): the parenthesis belongs to it
+    if _SET_OPERATION.match(text, end.stop, limit):
         return Place(start - 1, scan(text, start - 1, limit))
     return Place(start, replace(end, pending=re.fullmatch(r"[)\s]*\w*", text[end.stop :]) is not None))
 

@@ -48,9 +48,8 @@ MAX_ANSWER = 200_000  # characters of a reply that are looked at
 
 _PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 _CLOSING_TAG = re.compile(r"<(?=/(?:ddl|question|sql|reference|examples)\b)", re.IGNORECASE)
-_CLOSING_EVIDENCE = re.compile(
-    r"<(?=/evidence\b)", re.IGNORECASE
-)  # a tag where there is evidence, else only text
+# a tag where there is evidence, else only text
+_CLOSING_EVIDENCE = re.compile(r"<(?=/evidence\b)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,8 @@ class Clues:
     numeric: set[Key] = field(default_factory=set)
     extremes: set[Key] = field(default_factory=set)  # of MIN, MAX and ORDER BY
     averaged: set[Key] = field(default_factory=set)
-    distances: list[tuple[Key, Key, int]] = field(
-        default_factory=list
-    )  # one column minus another, set against it
+    # one column minus another, set against it
+    distances: list[tuple[Key, Key, int]] = field(default_factory=list)
 
 
 def gather(golds: Iterable[str], schema: Schema) -> Clues:

@@ -42,9 +42,8 @@ def notes(language: str) -> dict[str, list[str]]:
 def remark(sql: str, language: str, rng: random.Random) -> str:
     """A sentence about a clause of the query."""
     fitting = [clause for clause in notes(language) if clause in sql]
-    told = (
-        fitting[:-1][:3] or fitting
-    )  # the last one, SELECT, fits every query and says that nothing else does
+    # the last one, SELECT, fits every query and says that nothing else does
+    told = fitting[:-1][:3] or fitting
     return rng.choice(notes(language)[rng.choice(told)])
 
 

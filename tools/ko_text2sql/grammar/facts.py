@@ -33,9 +33,8 @@ class TableFacts:
     flags: list[Column] = field(default_factory=list)
     texts: list[Column] = field(default_factory=list)
     nullable: list[Column] = field(default_factory=list)
-    shown: list[Column] = field(
-        default_factory=list
-    )  # worth asking for: everything but keys, references and flags
+    # worth asking for: everything but keys, references and flags
+    shown: list[Column] = field(default_factory=list)
 
     @property
     def name(self) -> str:

@@ -193,9 +193,8 @@ def chain(m: Maker) -> Question | None:
     predicate = predicates.any_of(m, second.parent) if m.chance(0.4) else None
     if predicate:
         inner, where = parent_modifier(m, second, predicate), predicate.sql("T3.")
-        linked = inner.endswith(
-            ("의", "속한", "대한")
-        )  # or a condition that modifies what follows: "감독의 국적이 한국인"
+        # or a condition that modifies what follows: "감독의 국적이 한국인"
+        linked = inner.endswith(("의", "속한", "대한"))
         adnominal = f"{inner} {first.role}의" if linked or m.chance(0.5) else f"{first.role}의 {inner}"
     else:
         value = sample_value(m.facts, m.rng, label)

@@ -47,9 +47,8 @@ def load(rest: str, schemas: Schemas) -> Benchmark:
         folder, split = path, split or "dev"
         files = [folder / name for name in SPLITS[split] if (folder / name).is_file()]
         if len(files) > 1:
-            files = [
-                file for file in files if file.name != "train.json"
-            ]  # which would be the two others again
+            # which would be the two others again
+            files = [file for file in files if file.name != "train.json"]
         if not files:
             raise DataError(
                 f"no {split} questions: {tried([folder / name for name in SPLITS[split]])}",
