@@ -42,7 +42,12 @@ MEASURED = (
     "tasks.speed.repeats=3",
 )
 SMALLER = (*MEASURED, "tasks.fidelity.max_tokens=5000", "calibration.rows=32")
-TIMED = ("bnb-int8", "bnb-nf4", "gptq-int4", "awq-int4")  # one recipe for each kernel; a speed takes ten seconds
+TIMED = (
+    "bnb-int8",
+    "bnb-nf4",
+    "gptq-int4",
+    "awq-int4",
+)  # one recipe for each kernel; a speed takes ten seconds
 UNTIMED = "evaluate=[perplexity, text2sql, fidelity]"
 TRAINED = (
     *MEASURED,

@@ -36,6 +36,7 @@ from quantlab.quant.checkpoint_paths import (
     state_path,
     this_process,
 )
+from quantlab.registry.formats import FORMATS
 
 
 class CheckpointWriter:
@@ -52,7 +53,6 @@ class CheckpointWriter:
         self.out, self.prefix, self.blocks, self.dtype, self.key = out, prefix, blocks, dtype, dict(key)
         self.work, self.state = partial_path(out), state_path(out)
         self.exact: tuple[str, ...] = ()  # parts of the names of plain tensors that keep their dtype
-        self.own_dtype: tuple[str, ...] = ()  # ends of names of tensors whose dtype the format fixes
         self.finished = self.work  # the directory that gets the checkpoint's name
         self.losses: dict[str, float] = {}
         whole = {**key, "version": __version__, "dtype": str(dtype), "blocks": f"{prefix} x {blocks}"}
@@ -193,14 +193,14 @@ class CheckpointWriter:
         """A tensor as the checkpoint holds it: plain floats in its dtype, scales and codes in their own."""
         dtype = DTYPES[tensor.dtype] if isinstance(tensor, TensorInfo) else tensor.dtype
         plain = (
-            dtype in PLAIN
-            and not name.endswith(self.own_dtype)
-            and not any(part in name for part in self.exact)
+            dtype in PLAIN and not name.endswith(OWN_DTYPE) and not any(part in name for part in self.exact)
         )
         wanted = self.dtype if plain else dtype
         return in_file(tensor, wanted) if isinstance(tensor, TensorInfo) else in_memory(tensor, wanted)
 
 
+# Ends of names of tensors whose dtype a format fixes.
+OWN_DTYPE = tuple({end for found in FORMATS.values() for end in found.own_dtype})
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -428,7 +428,7 @@ def make_plan(
         "calibration": str(calibration.get("digest", "")),
     }
     writer = CheckpointWriter(job.out, opened.stored_prefix, len(opened.blocks), dtype, key, resume=resume)
-    writer.exact, writer.own_dtype = opened.exact, held.own_dtype
+    writer.exact = opened.exact
     grid = Grid(max(recipe.widths), recipe.group_size, recipe.symmetric, held.zero_min)
     propagate = recipe.propagate if recipe.needs_calibration else "original"
     options = recipe.options().model_dump()
