@@ -42,12 +42,8 @@ MEASURED = (
     "tasks.speed.repeats=3",
 )
 SMALLER = (*MEASURED, "tasks.fidelity.max_tokens=5000", "calibration.rows=32")
-TIMED = (
-    "bnb-int8",
-    "bnb-nf4",
-    "gptq-int4",
-    "awq-int4",
-)  # one recipe for each kernel; a speed takes ten seconds
+# One recipe for each kernel: timing a model takes ten seconds.
+TIMED = ("bnb-int8", "bnb-nf4", "gptq-int4", "awq-int4")
 UNTIMED = "evaluate=[perplexity, text2sql, fidelity]"
 TRAINED = (
     *MEASURED,
