@@ -126,7 +126,7 @@ REFUSALS: list[tuple[list[str], int, str]] = [
     (["quantize", "gptq-int4", "--set", "calibration.source=bad.jsonl"], 4, "bad.jsonl, line 2"),
     (["quantize", "gptq-int4", "--set", "tasks.text2sql.data=bad.jsonl"], 4, "bad.jsonl"),
     (["quantize", "gptq-int4", "--out", "full"], 2, "full is not empty"),
-    (["quantize", "gptq-int4", "--out", "full", "--resume"], 2, "did not make"),
+    (["quantize", "gptq-int4", "--out", "full", "--resume"], 2, "from another recipe or model"),
     (["quantize", "gptq-int4", "--out", "file"], 2, "file is not empty"),
     (["evaluate", "--task", "perplexty"], 2, "did you mean 'perplexity'?"),
     (["evaluate", "--task", "fidelity"], 2, "--baseline"),

@@ -175,7 +175,7 @@ def test_resume_with_another_recipe_starts_over(tiny: Path, calibration_file: Pa
 def test_occupied_output_is_left_alone(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "precious.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="already holds"):
+    with pytest.raises(RecipeError, match="is not empty"):
         run(tiny, tmp_path, {"q": recipe("rtn")})
     assert [p.name for p in (tmp_path / "q").iterdir()] == ["precious.txt"]
 
