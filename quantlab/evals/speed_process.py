@@ -68,4 +68,5 @@ class SpeedProcess:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):  # a question that an ended process did not read
+                    stream.close()
