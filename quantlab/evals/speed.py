@@ -11,7 +11,7 @@ ratio is that of two such means; all rounds are in the details.
 A round is as many passes as fill half a second: prefill is one forward pass over a prompt of random tokens, decode is
 greedy, one token at a time with the cache, the prompt not counted. Rounds before the speed has settled are thrown away:
 kernels that compile at their first use do it there, and what the first round took longer than a settled one is reported
-with the time to load. There are more rounds than asked for, three times as many at most, until the fastest ones agree to
+with the time to load. There are more rounds than asked for, twice as many at most, until the fastest ones agree to
 two per cent. A round during which other processes took
 more than a seventh of a processor counts as disturbed; where too few undisturbed ones can be had the result says so.
 
@@ -40,7 +40,7 @@ from quantlab.registry.tasks import SpeedOptions
 from quantlab.runs.run import TaskResult
 
 KINDS = ("prefill", "decode")
-MOST = 3  # times the rounds that were asked for
+MOST = 2  # times the rounds that were asked for
 SURE = 0.02  # relative standard error of the mean of the fastest rounds
 IDLE = 900_000_000  # bytes that a process with torch, transformers and kernels holds before any weight
 ROOM = 2.2  # times its files: what a model takes while it is loaded, or unpacked

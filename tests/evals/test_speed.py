@@ -55,7 +55,7 @@ def test_two_models_take_turns(plain: Path, small: Path) -> None:
     for result in found:
         metrics, details = result.metrics, result.details
         rounds = details["decode_rounds"]
-        assert 2 <= len(rounds) == len(details["prefill_rounds"]) == len(details["others"]) <= 6
+        assert 2 <= len(rounds) == len(details["prefill_rounds"]) == len(details["others"]) <= 4
         low, high = details["decode_range"]
         assert 0 < low <= metrics["decode_tok_s"] <= high and metrics["prefill_tok_s"] > 0
         assert metrics["load_seconds"] > 0 and metrics["peak_memory_bytes"] > 0
