@@ -1,18 +1,16 @@
-"""Tokens per second and memory, each model in a process of its own, the models taking turns.
+"""Tokens a second and memory, each model in a process of its own, the models taking turns.
 
 A number that depends on what ran before it in the same process is not a number. So every model is loaded into a fresh
 process (``speed_worker``) that has seen nothing else; the processes wait while another one measures, and measure round
-after round in turn, the baseline among them: what slows the machine down for a while slows all of them.
-
-What a machine does besides (other processes, other guests of the same host, its clock) only ever makes a round slower,
-and by far more than two models of one kernel differ. So a speed is the mean of the fastest third of the rounds, and a
-ratio is that of two such means; all rounds are in the details.
+after round in turn, the baseline among them: what slows the machine down for a while slows all of them, and the ratio
+to the baseline is taken round by round. Tokens a second are that ratio times the baseline's median, so that the two say
+the same however the machine's pace changes between rounds; the rounds as they were are in the details.
 
 A round is as many passes as fill half a second: prefill is one forward pass over a prompt of random tokens, decode is
 greedy, one token at a time with the cache, the prompt not counted. Rounds before the speed has settled are thrown away:
 kernels that compile at their first use do it there, and what the first round took longer than a settled one is reported
-with the time to load. There are more rounds than asked for, twice as many at most, until the fastest ones agree to
-two per cent. A round during which other processes took
+with the time to load. Reported are medians over rounds, with the lowest and highest; there are more rounds than asked
+for, twice as many at most, until the medians are sure to two per cent. A round during which other processes took
 more than a seventh of a processor counts as disturbed; where too few undisturbed ones can be had the result says so.
 
 Memory is told twice: the bytes of all parameters and buffers after loading, and the most that the process held above
@@ -41,7 +39,7 @@ from quantlab.runs.run import TaskResult
 
 KINDS = ("prefill", "decode")
 MOST = 2  # times the rounds that were asked for
-SURE = 0.02  # relative standard error of the mean of the fastest rounds
+SURE = 0.02  # relative standard error of the medians
 IDLE = 900_000_000  # bytes that a process with torch, transformers and kernels holds before any weight
 ROOM = 2.2  # times its files: what a model takes while it is loaded, or unpacked
 
@@ -155,7 +153,7 @@ def _take_turns(
     advance: Advance,
 ) -> None:
     """Rounds in turn, at least ``repeats`` and at most ``MOST`` times as many: until so many were undisturbed for
-    everybody and the fastest of those agree to ``SURE``, or it is plain that the machine is not quiet."""
+    everybody and the medians of those are sure to ``SURE``, or it is plain that the machine is not quiet."""
     quiet: list[int] = []
     for number in range(MOST * repeats):
         disturbed = False
@@ -174,20 +172,17 @@ def _take_turns(
             return
 
 
-def fastest(speeds: Sequence[float]) -> list[float]:
-    """The fastest third of some rounds, of three rounds or more at least two."""
-    count = max(-(-len(speeds) // 3), min(2, len(speeds)))
-    return sorted(speeds, reverse=True)[:count]
-
-
 def _uncertainty(found: Sequence[_Rounds], rounds: Sequence[int]) -> float:
-    """The largest relative standard error, over some rounds, of the mean of the fastest decoding speeds."""
+    """The largest relative standard error, over some rounds, of a median of decoding speeds, were they normally spread:
+    of the ratios to the first model's speed, which drifts as they do, or of a single model's speed itself."""
+    if len(rounds) < 2:
+        return 0.0
+    first = found[0].speeds["decode"]
     worst = 0.0
-    for one in found:
-        best = fastest([one.speeds["decode"][i] for i in rounds])
-        if len(best) > 1:
-            worst = max(worst, statistics.stdev(best) / statistics.fmean(best) / len(best) ** 0.5)
-    return worst
+    for one in found[1:] or found:
+        values = [one.speeds["decode"][i] / (first[i] if one is not found[0] else 1.0) for i in rounds]
+        worst = max(worst, statistics.stdev(values) / statistics.median(values))
+    return 1.2533 * worst / len(rounds) ** 0.5
 
 
 def _result(found: _Rounds, reference: _Rounds | None, options: SpeedOptions, together: int) -> TaskResult:
@@ -197,13 +192,14 @@ def _result(found: _Rounds, reference: _Rounds | None, options: SpeedOptions, to
     for kind in KINDS:
         speeds = [found.speeds[kind][i] for i in chosen]
         details[f"{kind}_rounds"] = found.speeds[kind]
-        metrics[f"{kind}_tok_s"] = statistics.fmean(fastest(speeds))
-        details[f"{kind}_range"] = [min(speeds), max(speeds)]
         if reference is not None and reference is not found:
             originals = [reference.speeds[kind][i] for i in chosen]
-            metrics[f"{kind}_ratio"] = statistics.fmean(fastest(speeds)) / statistics.fmean(
-                fastest(originals)
-            )
+            ratios = [mine / other for mine, other in zip(speeds, originals, strict=True)]
+            metrics[f"{kind}_ratio"] = statistics.median(ratios)
+            details[f"{kind}_ratio_range"] = [min(ratios), max(ratios)]
+            speeds = [ratio * statistics.median(originals) for ratio in ratios]
+        metrics[f"{kind}_tok_s"] = statistics.median(speeds)
+        details[f"{kind}_range"] = [min(speeds), max(speeds)]
     metrics |= {
         "memory_bytes": int(found.loaded["memory_bytes"]),
         "peak_memory_bytes": found.ended["peak_bytes"],

@@ -62,26 +62,19 @@ def test_two_models_take_turns(plain: Path, small: Path) -> None:
         assert metrics["disturbed"] in (0, 1) and set(details["rounds_counted"]) <= set(range(len(rounds)))
         assert details["threads"] >= 1 and details["models_in_turn"] == 2 and details["baseline"] == "plain"
     ours, theirs = found
-    counted = [
-        [one.details["decode_rounds"][i] for i in ours.details["rounds_counted"]] for one in (ours, theirs)
-    ]
-    mine, other = (statistics.fmean(speed.fastest(rounds)) for rounds in counted)
-    assert ours.metrics["decode_tok_s"] == pytest.approx(mine)
-    assert ours.metrics["decode_ratio"] == pytest.approx(mine / other)
+    ratios = sorted(
+        a / b for a, b in zip(ours.details["decode_rounds"], theirs.details["decode_rounds"], strict=True)
+    )
+    assert ratios[0] <= ours.metrics["decode_ratio"] <= ratios[-1]
+    counted = [theirs.details["decode_rounds"][i] for i in ours.details["rounds_counted"]]
+    # however fast the machine was in each round
+    pace = ours.metrics["decode_ratio"] * statistics.median(counted)
+    assert ours.metrics["decode_tok_s"] == pytest.approx(pace)
     assert "decode_ratio" not in theirs.metrics  # nobody is compared with itself
     assert ours.details["kernel"] != "torch" and theirs.details["kernel"] == "torch"
     parameters = sum(p.nbytes for p in load_model(plain, device="cpu").model.parameters())
     assert parameters <= theirs.metrics["memory_bytes"] <= 1.05 * parameters
     assert ours.metrics["memory_bytes"] < theirs.metrics["memory_bytes"]
-
-
-def test_the_fastest_third_counts() -> None:
-    """What else a machine does makes rounds slower, never faster: a third of slow rounds changes nothing."""
-    quiet = [10.0, 10.2, 9.8, 10.1, 9.9, 10.0]
-    assert speed.fastest(quiet) == [10.2, 10.1]
-    assert speed.fastest([*quiet[:4], 3.0, 5.0]) == [10.2, 10.1]
-    assert speed.fastest([4.0]) == [4.0] and speed.fastest([4.0, 2.0]) == [4.0, 2.0]
-    assert speed.fastest([3.0, 1.0, 2.0]) == [3.0, 2.0]
 
 
 def test_each_process_has_seen_nothing_else(plain: Path) -> None:
