@@ -1,6 +1,6 @@
 """The published run is a demo whose answers are left out: `results/runs` and `results/leaderboard.csv`.
 
-    python benchmarks/publish.py        # seven minutes on two cores, alone on the machine for the sake of the speeds
+    python benchmarks/publish.py        # six minutes on two cores, alone on the machine for the sake of the speeds
 
 Runs ``quantlab demo`` anew, then keeps the runs without their samples: `run.json` has a digest of each samples file and
 who was right (``Run.drop_samples``), and the demo makes them again.
