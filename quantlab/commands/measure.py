@@ -178,11 +178,17 @@ def _contestant(entry: Entry, baseline: Contestant | None) -> Contestant:
 
 
 def compare(run: Run, baseline: Run) -> dict[str, Any]:
-    """ppl_ratio, and the items lost and gained against the baseline."""
+    """ppl_ratio, the items lost and gained, and tokens per second: the ratio that was taken in turns with the baseline
+    times what the baseline's row says, which may have been measured when the machine was faster or slower. So the rows
+    of a leaderboard do not contradict each other; what was measured is in the task's own metrics."""
     found: dict[str, Any] = {"parent": baseline.run_id}
     mine, other = run.row.get("ppl"), baseline.row.get("ppl")
     if mine and other:
         found["ppl_ratio"] = mine / other
+    for kind in ("prefill", "decode"):
+        ratio, pace = run.row.get(f"{kind}_ratio"), baseline.row.get(f"{kind}_tok_s")
+        if ratio and pace:
+            found[f"{kind}_tok_s"] = ratio * pace
     before, after = verdicts(baseline), verdicts(run)
     if before and after:
         found["lost"], found["gained"] = flips(before, after)

@@ -317,11 +317,15 @@ TASKS: dict[str, Task] = {
         "quantlab.evals.speed:measure",
         SpeedOptions,
         columns=(
-            Column("prefill_tok_s", "prompt tokens per second", higher=True),
+            Column(
+                "prefill_tok_s",
+                "prompt tokens per second; with a parent, its own times the ratio",
+                higher=True,
+            ),
             Column("prefill_ratio", "the same over the original's", higher=True),
             Column(
                 "decode_tok_s",
-                "decoded tokens per second",
+                "decoded tokens per second; with a parent, its own times the ratio",
                 higher=True,
                 title="tok/s",
                 card="Decoded tokens per second",
