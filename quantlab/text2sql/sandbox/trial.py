@@ -7,7 +7,7 @@ the reference: an answer that is identical to the reference's in values, types a
 rows out (`same`), since most do not differ and the pipe would carry them all.
 
 The tables stay from one trial to the next with the same `create`; the rows are inserted in a transaction
-that is rolled back. So a query that comes again (the same near misses on the next candidate database) is
+that is rolled back. So a query that comes again (the same mutants on the next candidate database) is
 still prepared. Statements of ours end in a random comment: a query that repeats one of them must not be
 handed the prepared one, which was authorized as ours.
 """

@@ -1,4 +1,4 @@
-"""Witness databases: small databases, made from DDL and a gold query alone, that tell the query from its near misses.
+"""Witness databases: small databases, made from DDL and a gold query alone, that tell the query from its mutants.
 
 Where a question comes without a populated database, `build` makes a few: rows around the query's constants (`clues`,
 `values`, `rows`), tried against the query's mutants (`mutate`) by a search (`witness_search`), until every mutant gives
