@@ -95,6 +95,22 @@ def write_tiny(
     return folder
 
 
+def write_mixture(folder: Path, *, layers: int = 2, intermediate: int = 128, dtype: str = "bfloat16") -> Path:
+    """Save a random Mixtral of four experts into ``folder``."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256,
+        initializer_range=0.1, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import command
 from tests.conftest import write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,13 +70,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantlab(copy: Path, *words: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "quantlab", *words],
-        cwd=copy, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return command.quantlab(*words, cwd=copy, root=copy).stdout
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from quantlab.errors import NotANumber
 from quantlab.evals import run_task
 from quantlab.progress import Progress
 from quantlab.recipe.quantize import QuantizeRecipe
-from quantlab.registry.tasks import TASKS, SpeedOptions
+from quantlab.registry.tasks import SpeedOptions, task_of
 from quantlab.runs.run import Run, verdicts
 from quantlab.stats import flips
 
@@ -113,7 +113,7 @@ class Evaluator:
         run.record["data"] = dict(work.data)
         run.record["errors"] = {}
         for task in recipe.evaluate:
-            known = TASKS[task.partition(":")[0]]
+            known = task_of(task)
             if task in run.record["tasks"] or known.in_turn or (known.needs_baseline and own_baseline):
                 continue
             reference = (

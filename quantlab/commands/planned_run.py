@@ -23,7 +23,7 @@ from quantlab.progress import Progress
 from quantlab.recipe.load import Recipe, load_recipe
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry import load
-from quantlab.registry.tasks import TASKS, options_key
+from quantlab.registry.tasks import TASKS, options_key, task_of
 from quantlab.runs.run import Run, read_runs
 
 # set against the baseline's own numbers
@@ -145,7 +145,7 @@ def _windowed(recipe: Recipe, tasks: Sequence[str]) -> Iterator[tuple[str, Any]]
 
 def data_digest(recipe: Recipe, entry: str) -> str:
     """16 hexadecimal characters for the data of a task, "" for a task without. DataError for data that is bad."""
-    task, options = TASKS[entry.partition(":")[0]], recipe.tasks.of(entry)
+    task, options = task_of(entry), recipe.tasks.of(entry)
     if task.data_digest:
         found: str = load(task.data_digest)(options)
         return found

@@ -40,7 +40,7 @@ from quantlab.quant.pipeline import Job, Outcome, Settings, check, quantize
 from quantlab.recipe.load import Recipe, find_recipe, load_recipe
 from quantlab.recipe.quantize import QuantizeRecipe, usable
 from quantlab.registry.formats import Readers, readers
-from quantlab.registry.tasks import TASKS
+from quantlab.registry.tasks import task_of
 from quantlab.report.model_card import write_model_card
 from quantlab.runs.leaderboard import rebuild_leaderboard
 from quantlab.runs.run import Run
@@ -350,11 +350,7 @@ def calibration_name(made: Mapping[str, Any]) -> str | None:
 
 
 def _steps(item: Item) -> dict[str, Any]:
-    tasks = [
-        t
-        for t in item.recipe.evaluate
-        if not (item.work.is_baseline and TASKS[t.partition(":")[0]].needs_baseline)
-    ]
+    tasks = [t for t in item.recipe.evaluate if not (item.work.is_baseline and task_of(t).needs_baseline)]
     steps = (["quantize"] if item.solve else []) + (tasks if item.measure else [])
     return {
         "recipe": item.work.name,

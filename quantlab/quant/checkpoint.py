@@ -136,10 +136,7 @@ class CheckpointWriter:
                 total += tensor.count * DTYPES[tensor.dtype].itemsize
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         atomic_write_text(self.work / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-        atomic_write_text(
-            self.work / "config.json", json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
-        )
-        copy_companions(source, self.work)
+        _write_beside_weights(self.work, source, config)
         return self.work
 
     def export(self, write: Callable[[Path, Path], None], source: Path, config: Mapping[str, Any]) -> None:
@@ -155,10 +152,7 @@ class CheckpointWriter:
             raise MachineError(
                 f"cannot write {target}: {error.strerror or error}", hint="is the disk full?"
             ) from error
-        atomic_write_text(
-            target / "config.json", json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
-        )
-        copy_companions(source, target)
+        _write_beside_weights(target, source, config)
         self.finished = target
 
     def publish(self, record: Mapping[str, Any]) -> Path:
@@ -202,6 +196,12 @@ class CheckpointWriter:
 # Ends of names of tensors whose dtype a format fixes.
 OWN_DTYPE = tuple({end for found in FORMATS.values() for end in found.own_dtype})
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _write_beside_weights(folder: Path, source: Path, config: Mapping[str, Any]) -> None:
+    """config.json, and what goes with every checkpoint of the model in ``source``."""
+    atomic_write_text(folder / "config.json", json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n")
+    copy_companions(source, folder)
 
 
 def _write(path: Path, tensors: Mapping[str, Source]) -> None:

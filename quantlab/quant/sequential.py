@@ -222,8 +222,7 @@ class _Step:
             plan.seconds += time.perf_counter() - started
         if states is not None and behind and not last:
             if not moved and not stream.quantized:
-                for part in batches(len(states), self._rows_at_once(states)):
-                    states.write(part, run_block(self.block, states.read(part), self.walk.calls[self.index]))
+                self._advance(states)
             states.commit()
 
     def _moments(
@@ -259,6 +258,11 @@ class _Step:
         if self.walk.keep is not None and pending and not stream.quantized:
             self.walk.keep.save(self.index, moments)
         return moments, moves
+
+    def _advance(self, states: Activations) -> None:
+        """Run states through the block, with the weights that it has now."""
+        for part in batches(len(states), self._rows_at_once(states)):
+            states.write(part, run_block(self.block, states.read(part), self.walk.calls[self.index]))
 
     def _rows_at_once(self, states: Activations) -> int:
         return 1 if self.walk.tight else max(1, TOKENS_AT_ONCE[self.opened.device.type] // states.shape[1])
@@ -329,8 +333,7 @@ class _Step:
             return
         values = self._stored_values(plan) if result is None else self._solved_values(result)
         with weights_in_place(self.block, dict(values)):
-            for part in batches(len(states), self._rows_at_once(states)):
-                states.write(part, run_block(self.block, states.read(part), self.walk.calls[self.index]))
+            self._advance(states)
 
     def _solved_values(self, result: BlockResult) -> Iterator[tuple[str, torch.Tensor]]:
         for name, solved in result.quantized.items():

@@ -17,6 +17,7 @@ from quantlab.registry.tasks import (
     TASKS,
     KvCacheOptions,
     SeqLen,
+    is_task,
     options_key,
     task_of,
 )
@@ -81,7 +82,7 @@ class BaseRecipe(Strict):
     def _known_tasks(self) -> BaseRecipe:
         known = [f"{name}:" if task.named else name for name, task in TASKS.items()]
         for entry in self.evaluate:
-            if task_of(entry) is None:
+            if not is_task(entry):
                 near = nearest(entry, known)
                 raise ValueError(
                     f"@evaluate: unknown task {entry!r}; "
@@ -90,7 +91,7 @@ class BaseRecipe(Strict):
                 )  # fmt: skip
         if len(set(self.evaluate)) < len(self.evaluate):
             raise ValueError("@evaluate: a task is named twice")
-        plain = [entry for entry in self.evaluate if not TASKS[entry.partition(":")[0]].cached]
+        plain = [entry for entry in self.evaluate if not task_of(entry).cached]
         if self.tasks.kv_cache and plain:
             raise ValueError(
                 f"@evaluate: {plain[0].partition(':')[0]} tasks run without tasks.kv_cache; "

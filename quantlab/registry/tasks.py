@@ -168,7 +168,6 @@ class Task:
     fits: given the options and the model's positions, what does not fit, and the key to set with a value that does.
     in_turn: it loads its models itself. needs_baseline: it compares with another model.
     compared: its numbers are set against the baseline's own. cached: it can run with a quantized cache.
-    default: a recipe that names no tasks has it.
     requires: modules that must import. seconds: on two cores in the demo, for its estimate.
     """
 
@@ -185,7 +184,6 @@ class Task:
     needs_baseline: bool = False
     compared: bool = False
     cached: bool = True
-    default: bool = True
     requires: tuple[str, ...] = ()
     seconds: float = 5.0
 
@@ -308,7 +306,6 @@ TASKS: dict[str, Task] = {
         named=True,
         data_digest="quantlab.evals.lm_eval_tasks:options_digest",
         cached=False,
-        default=False,
         requires=("lm_eval",),
         seconds=30.0,
     ),
@@ -362,11 +359,15 @@ TASKS: dict[str, Task] = {
 DEFAULT_TASKS: tuple[str, ...] = ("perplexity", "text2sql", "fidelity", "speed")  # in the order they are run
 
 
-def task_of(entry: str) -> Task | None:
-    """The task of one entry of `evaluate`; None where there is none."""
+def is_task(entry: str) -> bool:
+    """Whether an entry of `evaluate` names a task."""
     name, colon, rest = entry.partition(":")
-    found = TASKS.get(name)
-    return found if found is not None and found.named == bool(colon) == bool(rest) else None
+    return name in TASKS and TASKS[name].named == bool(colon) == bool(rest)
+
+
+def task_of(entry: str) -> Task:
+    """The task of one entry of `evaluate`. KeyError where there is none."""
+    return TASKS[entry.partition(":")[0]]
 
 
 def options_key(name: str) -> str:

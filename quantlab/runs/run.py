@@ -22,7 +22,7 @@ from typing import Any
 
 from quantlab.errors import DataError
 from quantlab.paths import atomic_write_text, atomic_writer, file_digest
-from quantlab.registry.tasks import TASKS, task_columns
+from quantlab.registry.tasks import task_columns, task_of
 from quantlab.textfile import json_objects, read_json
 
 # Columns that tasks fill in.
@@ -131,7 +131,7 @@ class Run:
         if result.samples:
             write_jsonl(self._samples_file(result.task), result.samples)
         self.record["tasks"][result.task] = {"metrics": result.metrics, "details": result.details}
-        if not TASKS[result.task.partition(":")[0]].named:
+        if not task_of(result.task).named:
             self.row.update({key: result.metrics[key] for key in MEASURED if key in result.metrics})
         self.save()
 

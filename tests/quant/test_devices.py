@@ -33,7 +33,7 @@ from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry import load
 from quantlab.registry.formats import PACKING
 from quantlab.registry.methods import METHODS
-from tests.conftest import write_tiny
+from tests.conftest import write_mixture, write_tiny
 from tests.fake_cuda import MixedDevices, OnCuda, fake_cuda, to_cuda, value_of
 
 HIDDEN, WIDE = 64, 96
@@ -210,20 +210,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    from tests.conftest import byte_tokenizer
-
-    folder = tmp_path_factory.mktemp("models") / "mixture"
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=257, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256, initializer_range=0.1,
-        eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return write_mixture(
+        tmp_path_factory.mktemp("models") / "mixture", layers=1, intermediate=64, dtype="float32"
+    )
 
 
 def walked(

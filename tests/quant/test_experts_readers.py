@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from quantlab.commands.defaults import settle
 from quantlab.models.safetensors.files import open_files
@@ -18,21 +17,12 @@ from quantlab.quant.pipeline import quantize
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry.formats import FORMATS, readers, transformers_reads
 from quantlab.report.model_card import write_model_card
-from tests.conftest import byte_tokenizer
+from tests.conftest import write_mixture
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "mixtral"
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256, initializer_range=0.1,
-        eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return write_mixture(tmp_path_factory.mktemp("models") / "mixtral")
 
 
 def made(mixture: Path, out: Path, **keys: Any) -> dict[str, Any]:

@@ -16,9 +16,9 @@ Not covered: downloading, and building databases from dumps.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from quantlab import registry
 from quantlab.text2sql.data.benchmarks.base import Benchmark
 
 if TYPE_CHECKING:
@@ -35,6 +35,5 @@ ADAPTERS: dict[str, str] = {
 
 def load(name: str, rest: str, schemas: Schemas) -> Benchmark:
     """The benchmark of an adapter in `ADAPTERS`; DataError where its files are missing or bad."""
-    module, _, function = ADAPTERS[name].partition(":")
-    benchmark: Benchmark = getattr(import_module(module), function)(rest, schemas)
+    benchmark: Benchmark = registry.load(ADAPTERS[name])(rest, schemas)
     return benchmark
