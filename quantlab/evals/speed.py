@@ -1,17 +1,19 @@
 """Tokens a second and memory, each model in a process of its own, the models taking turns.
 
 A number that depends on what ran before it in the same process is not a number. So every model is loaded into a fresh
-process (``speed_worker``) that has seen nothing else; the processes wait while another one measures, and measure round
-after round in turn, the baseline among them: what slows the machine down for a while slows all of them, and the ratio
-to the baseline is taken round by round. Tokens a second are that ratio times the baseline's median, so that the two say
-the same however the machine's pace changes between rounds; the rounds as they were are in the details.
+process (``speed_worker``) that has seen nothing else; the processes wait while another one measures, and take turns of
+a tenth of a second, the baseline among them. A processor's pace changes from one second to the next, on a shared host
+by a fifth and more: over turns that short it averages out of the ratio to the baseline. (Checkpoints of one layout and
+kernel came out 1 to 3 % apart; 2 to 12 % with turns of one second.)
 
-A round is as many passes as fill half a second: prefill is one forward pass over a prompt of random tokens, decode is
-greedy, one token at a time with the cache, the prompt not counted. Rounds before the speed has settled are thrown away:
-kernels that compile at their first use do it there, and what the first round took longer than a settled one is reported
-with the time to load. Reported are medians over rounds, with the lowest and highest; there are more rounds than asked
-for, twice as many at most, until the medians are sure to two per cent. A round during which other processes took
-more than a seventh of a processor counts as disturbed; where too few undisturbed ones can be had the result says so.
+The work is one pass after another: prefill is one forward pass over a prompt of random tokens, decode is greedy, one
+token at a time with the cache, the prompt not counted. Passes before the speed has settled are thrown away: kernels
+that compile at their first use do it there, and what the first pass took longer than a settled one is reported with the
+time to load. A round is two turns of prompts and as many of decoding as fill half a second; the ratio is taken round by
+round, and tokens a second are its median times the baseline's median, so that the two say the same. Reported are
+medians over rounds, with the lowest and highest; there are more rounds than asked for, three times as many at most,
+until the medians are sure to two per cent. A round during which other processes took more than a seventh of a
+processor counts as disturbed; where too few undisturbed ones can be had the result says so, as soon as that is plain.
 
 Memory is told twice: the bytes of all parameters and buffers after loading, and the most that the process held above
 what it held idle, with its libraries imported (on CUDA: what the allocator held at most).
@@ -38,7 +40,8 @@ from quantlab.registry.tasks import SpeedOptions
 from quantlab.runs.run import TaskResult
 
 KINDS = ("prefill", "decode")
-MOST = 2  # times the rounds that were asked for
+PROMPTS, ROUND_SECONDS = 2, 0.5  # of a round: turns of prefill, seconds of decoding, at least
+MOST = 3  # times the rounds that were asked for
 SURE = 0.02  # relative standard error of the medians
 IDLE = 900_000_000  # bytes that a process with torch, transformers and kernels holds before any weight
 ROOM = 2.2  # times its files: what a model takes while it is loaded, or unpacked
@@ -61,7 +64,6 @@ class _Rounds:
     loaded: Mapping[str, Any]
     speeds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     others: list[float] = field(default_factory=list)
-    ended: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measure(
@@ -141,8 +143,6 @@ def _measure_group(
             found[contestant] = _Rounds(contestant, {**process.ask("load"), **process.ask("settle")})
             advance(1)
         _take_turns(processes, found, options.repeats, advance)
-        for contestant, process in processes.items():
-            found[contestant].ended = process.ask("end")
     return found
 
 
@@ -152,24 +152,57 @@ def _take_turns(
     repeats: int,
     advance: Advance,
 ) -> None:
-    """Rounds in turn, at least ``repeats`` and at most ``MOST`` times as many: until so many were undisturbed for
-    everybody and the medians of those are sure to ``SURE``, or it is plain that the machine is not quiet."""
+    """Rounds, at least ``repeats`` and at most ``MOST`` times as many: until so many were undisturbed for everybody and
+    the medians of those are sure to ``SURE``, or it is plain that the machine is not quiet."""
     quiet: list[int] = []
     for number in range(MOST * repeats):
-        disturbed = False
-        for contestant, process in processes.items():
-            answer = process.ask("round")
+        round_ = _one_round(processes)
+        for contestant, did in round_.items():
             for kind in KINDS:
-                found[contestant].speeds[kind].append(float(answer[kind]))
-            found[contestant].others.append(float(answer["others"]))
-            disturbed = disturbed or answer["others"] > DISTURBED
-            if number < repeats:
-                advance(1)
-        quiet += [number] if not disturbed else []
+                found[contestant].speeds[kind].append(did.tokens[kind] / did.seconds[kind])
+            found[contestant].others.append(did.others)
+        quiet += [number] if all(did.others <= DISTURBED for did in round_.values()) else []
         loud = number + 1 - len(quiet)
+        advance(len(processes) if number < repeats else 0)
         settled = len(quiet) >= repeats and _uncertainty(list(found.values()), quiet) < SURE
-        if settled or (loud > (repeats + 1) // 2 and number + 1 >= repeats):
+        if settled or loud > (repeats + 1) // 2:
             return
+
+
+@dataclass
+class _Done:
+    """What one model did in a round: tokens and seconds by kind, and the processor seconds that others took of all the
+    time that its turns lasted."""
+
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    taken: float = 0.0
+    passed: float = 0.0
+
+    def add(self, kind: str, turn: Mapping[str, Any]) -> None:
+        self.tokens[kind] += turn["tokens"]
+        self.seconds[kind] += turn["seconds"]
+        self.taken += turn["taken"]
+        self.passed += turn["passed"]
+
+    @property
+    def others(self) -> float:
+        """Processors that others took, on average."""
+        return max(0.0, self.taken) / self.passed
+
+
+def _one_round(processes: Mapping[Contestant, SpeedProcess]) -> dict[Contestant, _Done]:
+    """Turns of prompts, then of decoding; who has done enough of it waits for the others."""
+    done = {contestant: _Done() for contestant in processes}
+    for _ in range(PROMPTS):
+        for contestant, process in processes.items():
+            done[contestant].add("prefill", process.ask("prefill"))
+    unfinished = list(processes)
+    while unfinished:
+        for contestant in unfinished:
+            done[contestant].add("decode", processes[contestant].ask("decode"))
+        unfinished = [c for c in unfinished if done[c].seconds["decode"] < ROUND_SECONDS]
+    return done
 
 
 def _uncertainty(found: Sequence[_Rounds], rounds: Sequence[int]) -> float:
@@ -202,14 +235,12 @@ def _result(found: _Rounds, reference: _Rounds | None, options: SpeedOptions, to
         details[f"{kind}_range"] = [min(speeds), max(speeds)]
     metrics |= {
         "memory_bytes": int(found.loaded["memory_bytes"]),
-        "peak_memory_bytes": found.ended["peak_bytes"],
+        "peak_memory_bytes": found.loaded["peak_bytes"],
         "load_seconds": float(found.loaded["load_seconds"]) + float(found.loaded["first_use_seconds"]),
         "disturbed": int(disturbed),
     }
     details |= {
-        **{key: value for key, value in found.loaded.items() if key != "memory_bytes"},
-        "memory": found.ended["memory"],
-        "running_peak_bytes": found.ended["running_peak_bytes"],
+        **{key: value for key, value in found.loaded.items() if key not in ("memory_bytes", "peak_bytes")},
         "others": found.others,
         "rounds_counted": chosen,
         "baseline": reference.contestant.label if reference else None,

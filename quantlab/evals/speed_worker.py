@@ -6,9 +6,10 @@ Reads one JSON object a line from stdin and answers with one line on stdout:
 
     prepare  import what reads the model, and note the memory of an idle process
     load     the model
-    settle   rounds until the speed no longer changes; what the first one took longer counts as first use
-    round    tokens a second of prefill and decode, and how many processors others took meanwhile
-    end      peaks of memory above the idle process: of all its life, and of the rounds alone
+    settle   passes until the speed no longer changes: peaks of memory above the idle process, of all and of those
+             behind the first pass; what the first one took longer counts as first use
+    prefill  a tenth of a second of prompts: tokens and seconds, and the processor time that others took
+    decode   the same for steps of decoding, going on where the last ones ended
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import MachineError, QuantlabError
 from quantlab.registry.formats import FORMATS
 from quantlab.workers import die_with_parent
 
-ROUND_SECONDS = 0.5  # at least, of each kind of work
+if TYPE_CHECKING:
+    import torch
+
+TURN_SECONDS = 0.1  # or one step, where that takes longer
+WARM_UP_ROUND = 0.5  # seconds of decoding
 SETTLED = 0.05  # the two latest rounds differ by less
-WARM_UP_ROUNDS, WARM_UP_SECONDS = 8, 120.0
+WARM_UP_ROUNDS, WARM_UP_SECONDS = 8, 60.0
 
 
 def main() -> None:
@@ -100,6 +106,7 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         shape = (self.options.batch_size, self.options.prompt_tokens)
         self.prompt = torch.randint(vocabulary, shape, generator=generator).to(self.device)
+        self.work = self._work()
         gc.collect()
         packed = {type(module).__name__ for module in model.modules() if packed_as(module)}
         return {
@@ -111,68 +118,101 @@ class Bench:
         }
 
     def do_settle(self) -> dict[str, Any]:
-        """Rounds until two in a row are equally fast."""
+        """Rounds of whole passes until two in a row are equally fast, and what the process holds meanwhile."""
         started = time.perf_counter()
         speeds: list[float] = []
-        first = 0.0
         while len(speeds) < WARM_UP_ROUNDS and time.perf_counter() - started < WARM_UP_SECONDS:
             before = time.perf_counter()
-            passes, prefill, decode = self._passes(0.0 if not speeds else ROUND_SECONDS)
-            took = time.perf_counter() - before
-            speeds.append((prefill + decode) / passes)
-            first = first or took
+            passes, seconds = self._passes(0.0 if not speeds else WARM_UP_ROUND)
+            if not speeds:
+                first = time.perf_counter() - before
+                first_peak = self.memory.above_idle()
+                self.memory.start_anew()  # kernels that rearrange weights at first use held more than they will again
+            speeds.append(seconds / passes)
             if len(speeds) > 2 and abs(speeds[-1] / speeds[-2] - 1) < SETTLED:
                 break
-        self.first_peak = self.memory.above_idle()
-        self.memory.start_anew()  # kernels that rearrange weights at their first use held more than they will again
+        running = self.memory.above_idle()
         return {
             "first_use_seconds": max(0.0, first - speeds[-1]),
             "warm_up_rounds": len(speeds),
+            "peak_bytes": max(running, first_peak)
+            if running is not None and first_peak is not None
+            else None,
+            "running_peak_bytes": running,
+            "memory": self.memory.what,
             **self.caches.details(),
         }
 
-    def do_round(self) -> dict[str, Any]:
-        from quantlab.models.disturbance import mark, others_since
-
-        before = mark()
-        passes, prefill, decode = self._passes(ROUND_SECONDS)
-        rows = passes * self.options.batch_size
-        return {
-            "prefill": rows * self.options.prompt_tokens / prefill,
-            "decode": rows * self.options.new_tokens / decode,
-            "others": others_since(before),
-        }
-
-    def do_end(self) -> dict[str, Any]:
-        running = self.memory.above_idle()
-        peak = max(running, self.first_peak) if running is not None and self.first_peak is not None else None
-        return {"peak_bytes": peak, "running_peak_bytes": running, "memory": self.memory.what}
-
-    def _passes(self, seconds: float) -> tuple[int, float, float]:
-        """Passes until ``seconds`` of prefill and as many of decode are full, at least one; their number and times."""
-        import torch
-
-        passes, prefill, decode = 0, 0.0, 0.0
-        with torch.inference_mode():
-            while not passes or decode < seconds:
+    def do_prefill(self) -> dict[str, Any]:
+        def prompts() -> Iterator[float]:
+            while True:
                 with self.caches.fresh() as cache:
-                    times = time_once(self.subject.model, self.prompt, self.options.new_tokens, cache)
-                passes, prefill, decode = passes + 1, prefill + times[0], decode + times[1]
-        return passes, prefill, decode
+                    yield next(timed_steps(self.subject.model, self.prompt, 0, cache))
+
+        return _turn(prompts(), self.prompt.numel())
+
+    def do_decode(self) -> dict[str, Any]:
+        """The first step is not counted, unless there is no other: the processor's caches still hold the model that
+        ran before."""
+        steps = (took for kind, took in self.work if kind == "decode")
+        return _turn(steps, len(self.prompt), cold=1)
+
+    def _passes(self, seconds: float) -> tuple[int, float]:
+        """Whole passes until ``seconds`` of decoding are full, at least one: their number, and how long they took."""
+        decode = both = 0.0
+        for number, (kind, took) in enumerate(self.work, 1):
+            decode += took if kind == "decode" else 0.0
+            both += took
+            passes, rest = divmod(number, 1 + self.options.new_tokens)
+            if not rest and decode >= seconds:
+                return passes, both
+        raise AssertionError("passes follow each other without end")
+
+    def _work(self) -> Iterator[tuple[str, float]]:
+        """Pass after pass without end: what was done ("prefill" or one step of "decode"), and its seconds."""
+        while True:
+            with self.caches.fresh() as cache:
+                steps = timed_steps(self.subject.model, self.prompt, self.options.new_tokens, cache)
+                yield "prefill", next(steps)
+                for _ in range(self.options.new_tokens - 1):
+                    yield "decode", next(steps)
+                took = next(steps)
+            yield "decode", took  # behind the cache's end: a pass that is over has noted how large it was
 
 
-def time_once(model: Any, prompt: Any, new_tokens: int, cache: Any = None) -> tuple[float, float]:
-    """Seconds for the prompt, token ids [batch, tokens], and for ``new_tokens`` steps behind it. ``cache``: an empty
-    one to use instead of the model's own."""
+def _turn(work: Iterator[float], tokens: int, cold: int = 0) -> dict[str, Any]:
+    """Pieces of work, each of so many tokens and given with the seconds that it took, until the turn is over. The first
+    ``cold`` ones count only where the turn has no others."""
+    from quantlab.models.disturbance import mark, taken_between
+
+    before = after = mark()
+    took: list[float] = []
+    while after.clock - before.clock < TURN_SECONDS:
+        took.append(next(work))
+        after = mark()
+    counted = took[cold:] or took
+    return {
+        "tokens": tokens * len(counted),
+        "seconds": sum(counted),
+        "passed": after.clock - before.clock,
+        "taken": taken_between(before, after),
+    }
+
+
+def timed_steps(model: Any, prompt: torch.Tensor, new_tokens: int, cache: Any = None) -> Iterator[float]:
+    """Seconds for the prompt, token ids [batch, tokens], then for each of ``new_tokens`` steps of greedy decoding.
+    ``cache``: an empty one to use instead of the model's own."""
+    import torch
+
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    started = _clock(prompt)
-    output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **last)
-    token = output.logits[:, -1:].argmax(dim=-1)
-    prefilled = _clock(prompt)
-    for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **last)
-        token = output.logits[:, -1:].argmax(dim=-1)
-    return prefilled - started, _clock(prompt) - prefilled
+    tokens = prompt
+    for _ in range(1 + new_tokens):
+        with torch.inference_mode():
+            started = _clock(prompt)
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **last)
+            tokens, cache = output.logits[:, -1:].argmax(dim=-1), output.past_key_values
+            seconds = _clock(prompt) - started
+        yield seconds
 
 
 def _clock(tensor: Any) -> float:

@@ -26,17 +26,20 @@ class Mark:
 
 def mark() -> Mark:
     """The present moment."""
-    own = psutil.Process().cpu_times()
-    return Mark(time.perf_counter(), _busy(), own.user + own.system)
+    return Mark(time.perf_counter(), _busy(), time.process_time())
+
+
+def taken_between(before: Mark, after: Mark) -> float:
+    """Processor seconds that others used between two moments. Over a short time the ticks make it inexact, even a
+    little negative, but not on average: add such times up before you judge."""
+    return (after.busy - before.busy) - (after.own - before.own)
 
 
 def others_since(before: Mark) -> float:
     """Processors that others kept busy since ``before``, on average: 1.0 is one whole processor."""
     now = mark()
     passed = now.clock - before.clock
-    if passed <= 0:
-        return 0.0
-    return max(0.0, (now.busy - before.busy) - (now.own - before.own)) / passed
+    return max(0.0, taken_between(before, now)) / passed if passed > 0 else 0.0
 
 
 def _busy() -> float:

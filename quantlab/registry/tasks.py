@@ -117,7 +117,9 @@ class SpeedOptions(CachedOptions):
     prompt_tokens: Positive = Field(default=128, description="tokens of the prompt")
     new_tokens: Annotated[int, Field(ge=2)] = Field(default=32, description="tokens decoded after it")
     batch_size: Positive = Field(default=1, description="sequences at once")
-    repeats: Positive = Field(default=5, description="rounds of half a second or more")
+    repeats: Positive = Field(
+        default=5, description="rounds at least, each of half a second of decoding or more"
+    )
 
 
 class LmEvalOptions(Strict):

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from quantlab.errors import DataError, MachineError, QuantlabError
-from quantlab.evals import speed
+from quantlab.evals import speed, speed_worker
 from quantlab.evals.speed import Contestant, measure
 from quantlab.evals.speed_process import SpeedProcess
-from quantlab.evals.speed_worker import time_once
+from quantlab.evals.speed_worker import timed_steps
 from quantlab.models.disturbance import DISTURBED, mark, others_since
 from quantlab.models.held_memory import held_bytes
 from quantlab.models.load import load_model
@@ -55,7 +55,7 @@ def test_two_models_take_turns(plain: Path, small: Path) -> None:
     for result in found:
         metrics, details = result.metrics, result.details
         rounds = details["decode_rounds"]
-        assert 2 <= len(rounds) == len(details["prefill_rounds"]) == len(details["others"]) <= 4
+        assert 2 <= len(rounds) == len(details["prefill_rounds"]) == len(details["others"]) <= 6
         low, high = details["decode_range"]
         assert 0 < low <= metrics["decode_tok_s"] <= high and metrics["prefill_tok_s"] > 0
         assert metrics["load_seconds"] > 0 and metrics["peak_memory_bytes"] > 0
@@ -122,9 +122,9 @@ def test_what_the_process_meets_is_told_in_its_words(plain: Path, tmp_path: Path
     with contextlib.closing(SpeedProcess()) as process:
         process._process.send_signal(signal.SIGKILL)
         with pytest.raises(MachineError, match="was killed"):
-            process.ask("round")
+            process.ask("decode")
     with contextlib.closing(SpeedProcess()) as process, pytest.raises(QuantlabError, match="ended with code"):
-        process.ask("round")  # nothing is loaded
+        process.ask("decode")  # nothing is loaded
 
 
 def test_no_process_is_left_behind(plain: Path) -> None:
@@ -148,11 +148,10 @@ def test_decoding_runs_the_whole_model_for_every_token(tiny: Any) -> None:
         lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     try:
-        with torch.inference_mode():
-            time_once(tiny.model, torch.zeros((1, 8), dtype=torch.int64), 5)
+        took = list(timed_steps(tiny.model, torch.zeros((1, 8), dtype=torch.int64), 5))
     finally:
         hook.remove()
-    assert calls == [8, 1, 1, 1, 1, 1]
+    assert calls == [8, 1, 1, 1, 1, 1] and len(took) == 6 and min(took) > 0
 
 
 @contextlib.contextmanager
@@ -193,6 +192,56 @@ def test_which_rounds_count() -> None:
     assert speed._chosen(model, base, 2) == ([0, 3], False)
     assert speed._chosen(model, base, 3) == ([0, 1, 2, 3], True)
     assert speed._chosen(model, None, 3) == ([0, 1, 3], False)
+
+
+class Scripted:
+    """A process whose turns are given: seconds a turn, and the processors that others take."""
+
+    def __init__(self, seconds: float, others: float = 0.0) -> None:
+        self.seconds, self.others = seconds, others
+        self.asked: list[str] = []
+
+    def ask(self, what: str) -> dict[str, float]:
+        self.asked.append(what)
+        return {
+            "tokens": 2,
+            "seconds": self.seconds,
+            "passed": self.seconds,
+            "taken": self.others * self.seconds,
+        }
+
+
+def test_a_round_of_turns() -> None:
+    """Models alternate within a round; one whose steps are long does not hold up the others with more than it needs."""
+    quick, slow = Scripted(0.1), Scripted(0.4)
+    done = speed._one_round({Contestant("q", "q"): quick, Contestant("s", "s"): slow})  # type: ignore[dict-item]
+    assert quick.asked == ["prefill"] * 2 + ["decode"] * 5 and slow.asked == ["prefill"] * 2 + ["decode"] * 2
+    speeds = [did.tokens["decode"] / did.seconds["decode"] for did in done.values()]
+    assert speeds == pytest.approx([20, 5])
+
+
+@pytest.mark.parametrize(("others", "rounds"), [(0.0, 5), (1.0, 4)])
+def test_rounds_end_when_it_is_plain(others: float, rounds: int) -> None:
+    """Five that agree on a quiet machine; four on one that cannot give five quiet ones of eight."""
+    contestant, process = Contestant("q", "q"), Scripted(0.1, others)
+    found = {contestant: speed._Rounds(contestant, {})}
+    speed._take_turns({contestant: process}, found, 5, lambda count: None)  # type: ignore[dict-item]
+    assert len(found[contestant].others) == rounds and found[contestant].others[0] == pytest.approx(others)
+
+
+def test_the_first_step_of_a_turn_is_not_counted() -> None:
+    steps = iter([0.5, 0.1, 0.2, 0.3])
+
+    def work() -> Iterator[float]:
+        for seconds in steps:
+            time.sleep(speed_worker.TURN_SECONDS / 3)
+            yield seconds
+
+    turn = speed_worker._turn(work(), tokens=3, cold=1)
+    counted = turn["tokens"] // 3
+    assert counted >= 1 and turn["seconds"] == pytest.approx(sum([0.1, 0.2, 0.3][:counted]))
+    long = (time.sleep(speed_worker.TURN_SECONDS) or 7.0 for _ in range(2))
+    assert speed_worker._turn(long, tokens=3, cold=1)["seconds"] == 7.0  # there is no other
 
 
 def test_what_a_model_holds() -> None:
