@@ -282,6 +282,7 @@ def _solve(items: Sequence[Item], files: ModelFiles, options: Options, progress:
                 save_statistics=options.save_statistics,
                 statistics=options.statistics,
                 prove=options.prove,
+                early=True,  # plans are made from headers
             ),
         )
     for item, outcome in zip(todo, outcomes, strict=True):

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ class Settings:
         at once. None takes what is fastest.
     save_statistics: where to keep the Hessians. statistics: where they are, from an earlier run.
     prove: reload every finished checkpoint in a fresh process and compare its logits with the reference.
+    early: nothing has been computed in this process yet, so that the fresh one may be forked from it.
     """
 
     device: str = "auto"
@@ -57,6 +58,7 @@ class Settings:
     save_statistics: Path | None = None
     statistics: Path | None = None
     prove: bool = False
+    early: bool = False
 
 
 def quantize(
@@ -87,17 +89,30 @@ def quantize(
     files = model if isinstance(model, ModelFiles) else open_files(model)
     for job in jobs:
         check(job.recipe, files, job.out)
-        if job.recipe.method != "none":
+    with _reloader(jobs, chosen) as reloader:  # forked before there are locks that it could inherit
+        changing = [job for job in jobs if job.recipe.method != "none"]
+        for job in changing:
             claim(job.out)
-    if any(job.recipe.method != "none" for job in jobs):
-        refuse_nonfinite(files)
-    device = pick_device(chosen.device)
+        if changing:
+            refuse_nonfinite(files)
+        return _quantize_all(jobs, files, pick_device(chosen.device), progress, chosen, reloader)
+
+
+def _quantize_all(
+    jobs: Sequence[Job],
+    files: ModelFiles,
+    device: str,
+    progress: Progress,
+    settings: Settings,
+    reloader: FreshProcess | None,
+) -> list[Outcome]:
+    """Group after group. ``reloader``: for the first of them."""
     outcomes: dict[int, Outcome] = {}
     groups: dict[tuple[str, str], list[int]] = {}
     for i, job in enumerate(jobs):
         method = METHODS[job.recipe.method]
         if method.whole:
-            outcomes[i] = _whole_model(job, files, device, progress, chosen.trust_remote_code)
+            outcomes[i] = _whole_model(job, files, device, progress, settings.trust_remote_code)
         elif method.solve:
             groups.setdefault(group_key(job.recipe), []).append(i)
         else:
@@ -107,13 +122,19 @@ def quantize(
         other = next((other for other in groups if other[0] and other[1] == key[1]), None)
         if other is not None:
             groups[other] += groups.pop(key)
-    if len(groups) > 1 and (chosen.save_statistics or chosen.statistics):
+    if len(groups) > 1 and (settings.save_statistics or settings.statistics):
         raise RecipeError(
             "these recipes differ in calibration or dtype, so there is no one set of Hessians for them",
             hint="quantize them one after the other",
         )
     for members in groups.values():
-        done = _quantize_group([jobs[i] for i in members], files, device, progress, chosen)
+        mine = [jobs[i] for i in members]
+        ready = (
+            nullcontext(reloader) if reloader is not None else _reloader(mine, replace(settings, early=False))
+        )
+        reloader = None  # it is used up
+        with ready as process:
+            done = _quantize_group(mine, files, device, progress, settings, process)
         outcomes.update(zip(members, done, strict=True))
     return [outcomes[i] for i in range(len(jobs))]
 
@@ -190,35 +211,40 @@ class _Finished:
 
 
 def _quantize_group(
-    jobs: Sequence[Job], files: ModelFiles, device: str, progress: Progress, settings: Settings
+    jobs: Sequence[Job],
+    files: ModelFiles,
+    device: str,
+    progress: Progress,
+    settings: Settings,
+    reloader: FreshProcess | None,
 ) -> list[Outcome]:
     from quantlab.models.memory import map_large, resident
 
     if settings.memory_limit is not None:
         map_large()
     started, before = time.perf_counter(), resident()
-    with _reloader(jobs, settings) as reloader:
-        group = _prepare(jobs, files, device, progress, settings)
-        forecasts = _forecasts(group) if settings.prove else []
-        walk = _solve(group)
-        solving = sum(plan.seconds for several in group.plans for plan in several)
-        common = time.perf_counter() - started - solving
-        finished = [
-            _assemble_job(group, job, several, walk, common)
-            for job, several in zip(jobs, group.plans, strict=True)
-        ]
-        _verify_and_publish(group, finished, forecasts, before, reloader)
+    group = _prepare(jobs, files, device, progress, settings)
+    forecasts = _forecasts(group) if settings.prove else []
+    walk = _solve(group)
+    solving = sum(plan.seconds for several in group.plans for plan in several)
+    common = time.perf_counter() - started - solving
+    finished = [
+        _assemble_job(group, job, several, walk, common)
+        for job, several in zip(jobs, group.plans, strict=True)
+    ]
+    _verify_and_publish(group, finished, forecasts, before, reloader)
     return [one.outcome for one in finished]
 
 
 def _reloader(jobs: Sequence[Job], settings: Settings) -> AbstractContextManager[FreshProcess | None]:
-    """The process that validates the checkpoints, started now: it imports libraries while blocks are solved. None where
-    nothing is validated, or memory is short."""
-    if not settings.prove or settings.memory_limit is not None:
+    """The process that verifies the checkpoints, started now: it imports libraries while blocks are solved. None where
+    nothing is verified, or memory is short."""
+    formats = [job.recipe.format for job in jobs if METHODS[job.recipe.method].solve]
+    if not settings.prove or settings.memory_limit is not None or not formats:
         return nullcontext()
     from quantlab.quant.verify.reload import FreshProcess
 
-    return FreshProcess({job.recipe.format for job in jobs})
+    return FreshProcess(formats, early=settings.early)
 
 
 def _prepare(

@@ -34,11 +34,11 @@ from quantlab.errors import MachineError, QuantlabError
 from quantlab.models.memory import available
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.models.safetensors.weight_files import own_format
+from quantlab.quant.verify import worker
 from quantlab.quant.verify.reference_logits import Expected
 from quantlab.registry.formats import FORMATS, transformers_reads
-from quantlab.workers import last_line, start, stopping
+from quantlab.workers import Forked, can_fork, last_line, start, stopping
 
-WORKER = "quantlab.quant.verify.worker"
 IMPORTS = 2_000_000_000  # bytes that a process with transformers and its kernels holds before any weight, and to spare
 SECONDS = 600.0  # for start and imports; a slow disk gets more by size
 SLOWEST = 20e6  # bytes of checkpoint a second
@@ -242,14 +242,21 @@ class FreshProcess:
 
     Args:
         formats: of the checkpoints that it will be asked for, whose libraries it imports.
+        early: nothing has been computed in this process yet, so that the fresh one may be forked from it once it has
+            imported what both need.
     """
 
-    def __init__(self, formats: Iterable[str] = ()) -> None:
-        libraries = dict.fromkeys(module for name in formats for module in FORMATS[name].requires)
+    def __init__(self, formats: Iterable[str] = (), *, early: bool = False) -> None:
+        libraries = list(dict.fromkeys(module for name in formats for module in FORMATS[name].requires))
         self._folder = tempfile.TemporaryDirectory(prefix="quantlab-verify-")
         self.folder = Path(self._folder.name)
+        self.process: subprocess.Popen[bytes] | Forked
         with (self.folder / "stderr").open("wb") as errors:
-            self.process = start(WORKER, errors, *libraries)
+            if early and can_fork():
+                worker.imports(())
+                self.process = Forked(lambda: worker.main(libraries), errors)
+            else:
+                self.process = start(worker.__name__, errors, *libraries)
 
     def __enter__(self) -> FreshProcess:
         return self

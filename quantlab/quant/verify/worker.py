@@ -26,14 +26,14 @@ from quantlab.errors import MachineError, QuantlabError
 from quantlab.workers import die_with_parent
 
 
-def main() -> None:
+def main(libraries: Sequence[str]) -> None:
     die_with_parent()
     os.dup2(2, 1)  # libraries that print
     import torch
 
     from quantlab.models.memory import peak_resident, resident, trim
 
-    _imports(sys.argv[1:])
+    imports(libraries)
     asked = json.load(sys.stdin)
     torch.set_num_threads(int(asked["threads"]))
     rows = torch.tensor(asked["rows"], dtype=torch.int64)
@@ -59,7 +59,7 @@ def main() -> None:
         os.replace(beside, path.with_suffix(".json"))
 
 
-def _imports(libraries: Sequence[str]) -> None:
+def imports(libraries: Sequence[str]) -> None:
     """What an idle process has too, so that it does not count as memory of a checkpoint. A library that is not there is
     missed when a checkpoint needs it."""
     import transformers.modeling_utils  # noqa: F401
@@ -93,4 +93,4 @@ def _logits(question: Mapping[str, Any], rows: Any, asked: Mapping[str, Any]) ->
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
