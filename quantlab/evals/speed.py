@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.evals.speed_process import SpeedProcess
-from quantlab.models.disturbance import DISTURBED
+from quantlab.models.disturbance import DISTURBED, mark, others_since
 from quantlab.models.memory import available
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Advance, Progress
@@ -42,6 +43,7 @@ from quantlab.runs.run import TaskResult
 KINDS = ("prefill", "decode")
 PROMPTS, ROUND_SECONDS = 2, 0.5  # of a round: turns of prefill, seconds of decoding, at least
 MOST = 3  # times the rounds that were asked for
+PATIENCE = 10.0  # seconds to wait for a quiet machine
 SURE = 0.02  # relative standard error of the medians
 IDLE = 900_000_000  # bytes that a process with torch, transformers and kernels holds before any weight
 ROOM = 2.2  # times its files: what a model takes while it is loaded, or unpacked
@@ -142,8 +144,19 @@ def _measure_group(
         for contestant, process in processes.items():
             found[contestant] = _Rounds(contestant, {**process.ask("load"), **process.ask("settle")})
             advance(1)
+        _wait_for_quiet()
         _take_turns(processes, found, options.repeats, advance)
     return found
+
+
+def _wait_for_quiet() -> None:
+    """Until nobody computes, for ``PATIENCE`` seconds at most: compilers that the first passes started may be at it."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        before = mark()
+        time.sleep(0.5)
+        if others_since(before) <= DISTURBED:
+            return
 
 
 def _take_turns(

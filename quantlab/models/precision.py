@@ -27,8 +27,13 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     if dtype != torch.bfloat16:
         return True
     told = torch.cpu.get_capabilities()
-    if told.get("architecture") == "x86_64":
-        return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+    native = told.get("architecture") != "x86_64" or told.get("avx512_bf16") or told.get("amx_bf16")
+    return bool(native) and onednn_takes_bfloat16()
+
+
+def onednn_takes_bfloat16() -> bool:
+    """Whether the library that multiplies does: it may have been told to use less than the processor has
+    (``ONEDNN_MAX_CPU_ISA``)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -174,6 +174,17 @@ def test_other_processes_are_noticed() -> None:
         assert others_since(before) > DISTURBED
 
 
+def test_rounds_wait_for_a_quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares, slept = iter([0.9, 0.4, 0.1, 0.9]), list[float]()
+    monkeypatch.setattr(speed, "others_since", lambda before: next(shares))
+    monkeypatch.setattr(speed.time, "sleep", slept.append)
+    speed._wait_for_quiet()
+    assert slept == [0.5] * 3
+    monkeypatch.setattr(speed, "others_since", lambda before: 1.0)
+    monkeypatch.setattr(speed, "PATIENCE", 0.02)
+    speed._wait_for_quiet()  # not for ever
+
+
 def test_own_work_is_not_taken_for_others() -> None:
     """As far as the machine is quiet: what this process used itself is taken off."""
     before = mark()

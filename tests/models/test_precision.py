@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +20,10 @@ from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
 
 
-def told(monkeypatch: pytest.MonkeyPatch, **capabilities: object) -> None:
-    """Let the processor say this of itself."""
+def told(monkeypatch: pytest.MonkeyPatch, library: bool = True, **capabilities: object) -> None:
+    """Let the processor say this of itself, and the library whether it takes bfloat16."""
     precision.cpu_multiplies.cache_clear()
+    monkeypatch.setattr(precision, "onednn_takes_bfloat16", lambda: library)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
 
 
@@ -41,10 +46,22 @@ def test_what_processors_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
         assert precision.computed_in(torch.float16, "cpu") == torch.float32
 
 
-def test_arm_asks_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    told(monkeypatch, architecture="aarch64")
-    expected = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    assert precision.computed_in(torch.bfloat16, "cpu") == expected
+@pytest.mark.parametrize("architecture", ["aarch64", "x86_64"])
+@pytest.mark.parametrize("library", [False, True])
+def test_the_library_is_asked_too(monkeypatch: pytest.MonkeyPatch, library: bool, architecture: str) -> None:
+    """On Arm only it knows; on x86 it may have been told to leave instructions alone."""
+    told(monkeypatch, library, architecture=architecture, avx512_bf16=architecture == "x86_64")
+    assert precision.computed_in(torch.bfloat16, "cpu") == (torch.bfloat16 if library else torch.float32)
+
+
+def test_a_library_held_back_takes_no_bfloat16() -> None:
+    """With the instructions of AVX2 a product in bfloat16 takes ten times as long as one in float32."""
+    ask = "from quantlab.models import precision; print(precision.onednn_takes_bfloat16())"
+    held_back = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", ask], env=held_back, capture_output=True, text=True, check=True
+    )
+    assert platform.machine() != "x86_64" or done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("multiplied", [False, True])
