@@ -134,7 +134,7 @@ def blocks(folder: Path, numbers: Numbers) -> bool:
 def made(
     recipe: Mapping[str, Any], model: str, out: Path, *, device: str = DEVICE, progress: Any = None
 ) -> Path:
-    """A checkpoint, written but not proven."""
+    """A checkpoint, written but not verified."""
     from quantlab.progress import Silent
     from quantlab.quant.pipeline import Job, quantize
     from quantlab.recipe.quantize import QuantizeRecipe

@@ -4,7 +4,7 @@
 
 Without --model a random Llama in several shards is built. For each recipe (GPTQ with original and with quantized
 propagation, AWQ, GPTQ with activations in files) one run is left alone; then runs are killed, the whole process group,
-at moments spread over the whole duration: imports, calibration, blocks, the rest, the proof. Every third is killed a
+at moments spread over the whole duration: imports, calibration, blocks, the rest, verification. Every third is killed a
 second time while it resumes. A run that has ended before its moment says so. Compared are the names of all files and
 their bytes; in quantlab.json everything but what is a measurement of this very run (seconds, memory). Prints a line a
 kill and exits with 1 if a byte differs.
@@ -99,7 +99,7 @@ def state_of(out: Path) -> str:
     total = int(files[0].partition("-of-")[2].partition(".")[0]) if files else 0
     blocks = sum(not file.startswith(f"model-{total:05d}-") for file in files)
     if (partial / "config.json").exists():
-        return f"{blocks} blocks, at the proof"
+        return f"{blocks} blocks, verifying"
     return f"{blocks} blocks" + (", the rest" if blocks < len(files) else "")
 
 

@@ -5,7 +5,7 @@
 Builds a random Llama of about 1.5 GB in bfloat16 (hidden 1536, feed-forward 4096, 26 blocks, 12 heads, 4 of keys,
 vocabulary 32,000, untied; in shards), quantizes it in a process of its own under `/usr/bin/time -v`, and measures in
 the same way a process that imports what the run imports and opens nothing. Prints both, the difference, the
-checkpoint's own record (the proof's process included) and exits with 1 if the difference is above --most. Where there
+checkpoint's own record (the verifying process included) and exits with 1 if the difference is above --most. Where there
 is no `/usr/bin/time`, the kernel's count for waited-for children is taken.
 """
 
@@ -83,7 +83,7 @@ def command(args: argparse.Namespace, model: Path, out: Path) -> list[str]:
         found += ["--set", f"calibration.{key}={value}"]
     for one in args.set:
         found += ["--set", one]
-    return found + (["--no-proof"] if args.no_proof else [])
+    return found + (["--no-verify"] if args.no_verify else [])
 
 
 def mega(count: float) -> str:
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=SHAPE.blocks)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--no-proof", action="store_true")
+    parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--work", type=Path, help="where everything is written; default: a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="streaming-memory-") as temporary:
@@ -151,9 +151,9 @@ def recorded(out: Path) -> list[str]:
     """What the checkpoint itself says about the run."""
     record: dict[str, Any] = json.loads((out / "quantlab.json").read_text(encoding="utf-8"))
     lines = []
-    if proof := record.get("proof"):
-        took = f"{mega(proof['peak_bytes'])} above idle, {proof['seconds']:.0f} s"
-        lines.append(f"proof           {proof['how']}, passed {proof['passed']}, {took}")
+    if verification := record.get("verification"):
+        took = f"{mega(verification['peak_bytes'])} above idle, {verification['seconds']:.0f} s"
+        lines.append(f"verification    {verification['how']}, passed {verification['passed']}, {took}")
     for key in ("forecast", "actual"):
         if said := record.get(key):
             sizes = f"{mega(said['size_bytes'])} on disk, {mega(said['memory_bytes'])} of memory"

@@ -112,8 +112,8 @@ def quantize(
             "--statistics", metavar="DIR", help="Solve from saved Hessians, without a forward pass."
         ),
     ] = None,
-    no_proof: Annotated[
-        bool, typer.Option("--no-proof", help="Do not validate the checkpoint in a fresh process.")
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not verify the checkpoint in a fresh process.")
     ] = False,
     resume: Resume = False,
     dry_run: DryRun = False,
@@ -134,7 +134,7 @@ def quantize(
                 memory_limit=size_of(memory_limit, "--memory-limit"),
                 save_statistics=save_statistics,
                 statistics=statistics,
-                prove=not no_proof,
+                verify=not no_verify,
                 model=model,
                 out=out,
                 results=results,

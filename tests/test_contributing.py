@@ -116,7 +116,7 @@ def test_they_are_in_checkpoints_cards_and_the_leaderboard(copy: Path, made: dic
     shrunk, archive = folders["shrink"], folders["rtn"]
     for folder in (shrunk, archive):
         record = json.loads((folder / "quantlab.json").read_text(encoding="utf-8"))
-        assert record["proof"]["passed"]
+        assert record["verification"]["passed"]
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert "Repeated 4-grams of greedy text" in card and "Perplexity" in card
     assert sorted(p.name for p in archive.iterdir() if p.suffix in (".npz", ".safetensors")) == [

@@ -80,6 +80,20 @@ def test_overall_reaches_the_end_whatever_the_steps_report() -> None:
     assert "60%  a, about" in said.getvalue() and "100%  done" in said.getvalue()
 
 
+def test_a_quick_beginning_does_not_halve_the_estimate() -> None:
+    said = io.StringIO()
+    progress = Overall({"cleaning": 20.0, "training": 80.0, "the rest": 240.0}, said)
+    for step, took in (("cleaning", 10.0), ("training", 80.0)):
+        with progress.task(step):
+            progress.started -= took
+        left = sum(progress.steps.values()) - progress.done
+        assert 0.8 * left < progress.left() <= left
+    with progress.task("the rest"), progress.task("inner", total=2) as advance:
+        progress.started -= 360.0  # three times as slow as expected
+        advance(1)
+        assert 200 < progress.left() < 300
+
+
 def test_the_demo_stores_the_student_in_eight_ways_and_its_overrides_fit() -> None:
     recipes = quantize_recipes()
     assert len({recipe.digest() for _, recipe in recipes}) == 8
@@ -89,4 +103,4 @@ def test_the_demo_stores_the_student_in_eight_ways_and_its_overrides_fit() -> No
         assert all(recipe.tasks.of(task) == lesson.tasks.of(task) for task in ("perplexity", "text2sql"))
     steps = expected(recipes)
     assert "none: text2sql" in steps and "gptq-int4: fidelity" in steps and steps["quantizing"] > 0
-    assert sum(steps.values()) < 360
+    assert 300 < sum(steps.values()) < 360  # measured on two threads with AVX2: 349

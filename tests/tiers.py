@@ -68,7 +68,7 @@ EXHAUSTIVE: frozenset[str] = frozenset(
         "models/test_architectures.py::test_checkpoints_are_read_back",
         "models/test_embedded.py::test_plain_transformers_in_a_fresh_process",
         "models/test_embedded.py::test_three_bits_hurt_and_gptq_helps",
-        "models/test_remote_code.py::test_the_checkpoint_is_proven_with_its_own_code",
+        "models/test_remote_code.py::test_the_checkpoint_is_verified_with_its_own_code",
         "models/test_weight_files.py::test_an_older_index_changes_nothing",
         "quant/test_kill.py::test_killed_runs_end_in_the_same_bytes",
         "quant/test_pipeline.py::test_a_write_that_fails_leaves_no_checkpoint",

@@ -62,7 +62,7 @@ class Options:
     memory_limit: int | None = None  # bytes
     save_statistics: Path | None = None
     statistics: Path | None = None
-    prove: bool = True
+    verify: bool = True
 
 
 @dataclass
@@ -281,7 +281,7 @@ def _solve(items: Sequence[Item], files: ModelFiles, options: Options, progress:
                 memory_limit=options.memory_limit,
                 save_statistics=options.save_statistics,
                 statistics=options.statistics,
-                prove=options.prove,
+                verify=options.verify,
                 early=True,  # plans are made from headers
             ),
         )

@@ -8,7 +8,7 @@ While work goes on there are two directories beside the one to come::
 A file gets its name only when its content is on the disk, and a block's losses are written before the block, so what
 has its name is whole. At the end the blocks become the checkpoint's shards, an index is written, ``<out>.partial`` is
 renamed to ``<out>``, and only then is the state removed: there is no moment at which a kill loses finished work or
-leaves something half done under the final name. A checkpoint that fails its proof is renamed to ``<out>.failed``.
+leaves something half done under the final name. A checkpoint that fails verification is renamed to ``<out>.failed``.
 """
 
 from __future__ import annotations

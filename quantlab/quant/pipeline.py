@@ -47,7 +47,7 @@ class Settings:
     memory_limit: bytes of resident memory to stay below; activations then lie in files, and freed memory is given back
         at once. None takes what is fastest.
     save_statistics: where to keep the Hessians. statistics: where they are, from an earlier run.
-    prove: reload every finished checkpoint in a fresh process and compare its logits with the reference.
+    verify: reload every finished checkpoint in a fresh process and compare its logits with the reference.
     early: nothing has been computed in this process yet, so that the fresh one may be forked from it.
     """
 
@@ -57,7 +57,7 @@ class Settings:
     memory_limit: int | None = None
     save_statistics: Path | None = None
     statistics: Path | None = None
-    prove: bool = False
+    verify: bool = False
     early: bool = False
 
 
@@ -224,7 +224,7 @@ def _quantize_group(
         map_large()
     started, before = time.perf_counter(), resident()
     group = _prepare(jobs, files, device, progress, settings)
-    forecasts = _forecasts(group) if settings.prove else []
+    forecasts = _forecasts(group) if settings.verify else []
     walk = _solve(group)
     solving = sum(plan.seconds for several in group.plans for plan in several)
     common = time.perf_counter() - started - solving
@@ -240,7 +240,7 @@ def _reloader(jobs: Sequence[Job], settings: Settings) -> AbstractContextManager
     """The process that verifies the checkpoints, started now: it imports libraries while blocks are solved. None where
     nothing is verified, or memory is short."""
     formats = [job.recipe.format for job in jobs if METHODS[job.recipe.method].solve]
-    if not settings.prove or settings.memory_limit is not None or not formats:
+    if not settings.verify or settings.memory_limit is not None or not formats:
         return nullcontext()
     from quantlab.quant.verify.reload import FreshProcess
 
@@ -261,7 +261,7 @@ def _prepare(
     opened = BlockwiseModel(files, device, computed_in(stored, device), trust, stored=stored)
     rows, calibration = calibration_rows(jobs, files, trust)
     probe = None
-    if settings.prove:
+    if settings.verify:
         short = probe_rows(rows, int(opened.config.vocab_size))
         probe = ReferencePass(files, short, str(opened.device), plain_dtype(opened), trust)
     group = _Group(jobs, files, opened, rows, calibration, settings, progress, probe)
@@ -375,23 +375,23 @@ def _verify_and_publish(
     from quantlab.quant.estimate.forecast import actual
     from quantlab.quant.verify.reload import raise_if_failed
 
-    proofs = _proofs(group, finished, reloader)
-    for i, (one, proof) in enumerate(zip(finished, proofs, strict=True)):
+    verifications = _verifications(group, finished, reloader)
+    for i, (one, found) in enumerate(zip(finished, verifications, strict=True)):
         outcome, writer = one.outcome, one.plan.writer
-        if proof is not None and not proof.passed:
-            raise_if_failed(proof, outcome.job.name, writer.fail())
+        if found is not None and not found.passed:
+            raise_if_failed(found, outcome.job.name, writer.fail())
         record = provenance_record(outcome.job, group.files, group.calibration, outcome.seconds)
         record |= {"shared_calibration": outcome.shared_calibration, "loss": outcome.loss}
         if outcome.widths:
             record["widths"] = outcome.widths
-        if proof is not None:
+        if found is not None:
             size = sum(file.stat().st_size for file in open_files(writer.finished).weight_files)
             took = actual(size, peak_resident() - before, outcome.seconds)
-            record |= {"proof": proof.record(), "forecast": forecasts[i], "actual": took}
+            record |= {"verification": found.record(), "forecast": forecasts[i], "actual": took}
         writer.publish(record)
 
 
-def _proofs(
+def _verifications(
     group: _Group, finished: Sequence[_Finished], reloader: FreshProcess | None
 ) -> list[Verification | None]:
     from quantlab.quant.verify.reload import Check, verify

@@ -226,7 +226,7 @@ TASKS: dict[str, Task] = {
         ),
         texts=("source",),
         compared=True,
-        seconds=2.0,
+        seconds=4.0,
     ),
     "fidelity": Task(
         "KL divergence to the original and agreement of the most likely token",
@@ -354,7 +354,7 @@ TASKS: dict[str, Task] = {
         fits=_speed_fits,
         in_turn=True,
         compared=True,
-        seconds=8.0,
+        seconds=10.0,
     ),
 }
 

@@ -1,7 +1,7 @@
 """The leaderboard as a ranked table on the terminal, and sorted by a column.
 
-Rank is execution accuracy, then perplexity. Rows marked `=` cannot be told from the best by a paired exact McNemar
-test at 5 %: their order among themselves says nothing.
+Rank is execution accuracy, then perplexity. Rows marked `=` do not differ significantly from the best by a paired exact
+McNemar test at 5 %: their order among themselves says nothing.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def print_table(rows: Sequence[Row]) -> None:
         table.add_row(str(rank), *(Text(cell(row)) for cell in shown))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
     if any(row.get("tie_group") for row in rows):
-        print("= cannot be told from the best row by an exact paired McNemar test at 5 %")
+        print("= not significantly different from the best row (exact paired McNemar test, 5 %)")
     for line in conditions(rows):
         print(line)
     if any(speed(row).endswith("~") for row in rows):

@@ -1,8 +1,8 @@
 """The leaderboard: `results/leaderboard.csv`, rebuilt from every finished run and never appended to, so two runs that
 end together lose nothing.
 
-Rows that cannot be told from the best by execution accuracy share its `tie_group`: an exact two-sided McNemar
-test (McNemar 1947) on the sample ids that both runs scored, at 5 %.
+Rows that do not differ significantly from the best in execution accuracy share its `tie_group`: an exact two-sided
+McNemar test (McNemar 1947) on the sample ids that both runs scored, at 5 %.
 """
 
 from __future__ import annotations

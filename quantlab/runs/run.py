@@ -5,8 +5,8 @@ A run is a directory `results/runs/<run-id>/` with `recipe.yaml`, `run.json`, `s
 only done runs have a row. The leaderboard is never appended to, it is rebuilt, so two runs that end together
 lose nothing. Each file is written beside its place and renamed into it.
 
-Rows that cannot be told from the best by execution accuracy share its `tie_group`: an exact two-sided McNemar
-test (McNemar 1947) on the sample ids that both runs scored, at 5 %.
+Rows that do not differ significantly from the best in execution accuracy share its `tie_group`: an exact two-sided
+McNemar test (McNemar 1947) on the sample ids that both runs scored, at 5 %.
 """
 
 from __future__ import annotations

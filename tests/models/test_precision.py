@@ -77,14 +77,14 @@ def test_a_loaded_model_computes_in_what_the_processor_multiplies(
 def test_checkpoints_are_stored_as_ever(
     tiny: Path, calibration_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, propagate: str
 ) -> None:
-    """AWQ folds scales into norms, in the stored type: computed in another, the proof would not hold."""
+    """AWQ folds scales into norms, in the stored type: computed in another, verification would fail."""
     told(monkeypatch, architecture="x86_64", avx2=True)
     jobs = []
     for method in ("gptq", "awq"):
         calibration = {"source": str(calibration_file), "rows": 8, "seq_len": 64}
         content = {"method": method, "group_size": 32, "calibration": calibration, "propagate": propagate}
         jobs.append(Job(method, QuantizeRecipe.model_validate(content), tmp_path / method))
-    quantize(jobs, str(tiny), device="cpu", progress=Silent(), prove=True)  # raises where the proof fails
+    quantize(jobs, str(tiny), device="cpu", progress=Silent(), verify=True)  # raises where verification fails
     original = open_files(tiny).tensors
     for job in jobs:
         files = open_files(job.out)

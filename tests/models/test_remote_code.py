@@ -60,17 +60,17 @@ def test_what_is_named_with_what_it_imports(own: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["rtn", "bnb-nf4"])
-def test_the_checkpoint_is_proven_with_its_own_code(own: Path, tmp_path: Path, method: str) -> None:
+def test_the_checkpoint_is_verified_with_its_own_code(own: Path, tmp_path: Path, method: str) -> None:
     recipe = QuantizeRecipe.model_validate(
         {"method": method, **({"group_size": 32} if method == "rtn" else {})}
     )
     out = tmp_path / "out"
-    quantize([Job("x", recipe, out)], str(own), progress=Silent(), prove=True, trust_remote_code=True)
+    quantize([Job("x", recipe, out)], str(own), progress=Silent(), verify=True, trust_remote_code=True)
     assert sorted(file.name for file in out.glob("*.py")) == NAMED
     assert not (out / "install.sh").exists()
     if method == "rtn":
-        proof = json.loads((out / "quantlab.json").read_text())["proof"]
-        assert proof["passed"] and proof["how"] == "transformers"
+        found = json.loads((out / "quantlab.json").read_text())["verification"]
+        assert found["passed"] and found["how"] == "transformers"
 
 
 @pytest.mark.parametrize(

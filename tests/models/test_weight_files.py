@@ -113,8 +113,8 @@ def test_reads_what_transformers_reads(tiny: Path, tmp_path: Path, layout: str) 
 
 
 def test_an_older_index_changes_nothing(tiny: Path, tmp_path: Path) -> None:
-    """Reading, hashing, planning and proof: the checkpoint is that of the directory without the older files, byte by
-    byte, and it is proven against the newer weights."""
+    """Reading, hashing, planning, verifying: the checkpoint is that of the directory without the older files, byte by
+    byte, and it is verified against the newer weights."""
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
     _older_shards(folder)
@@ -122,11 +122,11 @@ def test_an_older_index_changes_nothing(tiny: Path, tmp_path: Path) -> None:
     assert open_files(folder).size_bytes == open_files(tiny).size_bytes
     recipe = QuantizeRecipe(method="rtn", bits=8, group_size=32)
     for name, model in (("a", folder), ("b", tiny)):
-        quantize([Job(name, recipe, tmp_path / name)], str(model), progress=Silent(), prove=name == "a")
+        quantize([Job(name, recipe, tmp_path / name)], str(model), progress=Silent(), verify=name == "a")
     shards = sorted(file.name for file in (tmp_path / "a").glob("*.safetensors"))
     assert shards and shards == sorted(file.name for file in (tmp_path / "b").glob("*.safetensors"))
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in shards)
-    assert json.loads((tmp_path / "a" / "quantlab.json").read_text())["proof"]["passed"]
+    assert json.loads((tmp_path / "a" / "quantlab.json").read_text())["verification"]["passed"]
 
 
 def test_the_note_names_what_is_not_read(tiny: Path, tmp_path: Path) -> None:

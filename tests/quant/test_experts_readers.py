@@ -28,7 +28,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(mixture: Path, out: Path, **keys: Any) -> dict[str, Any]:
     recipe = QuantizeRecipe.model_validate({"method": "rtn", "bits": 4, "group_size": 32} | keys)
     recipe = settle(recipe, open_files(mixture))
-    quantize([Job("x", recipe, out)], str(mixture), progress=Silent(), prove=True)
+    quantize([Job("x", recipe, out)], str(mixture), progress=Silent(), verify=True)
     found: dict[str, Any] = json.loads((out / "quantlab.json").read_text(encoding="utf-8"))
     return found
 
@@ -42,7 +42,7 @@ def card(out: Path) -> str:
 def test_left_open_it_is_written_for_plain_transformers(mixture: Path, tmp_path: Path) -> None:
     record = made(mixture, tmp_path / "out")
     assert record["recipe"]["format"] == "compressed-tensors" and record["experts"]
-    assert record["proof"]["how"] == "transformers" and record["proof"]["passed"]
+    assert record["verification"]["how"] == "transformers" and record["verification"]["passed"]
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     said = card(tmp_path / "out")
@@ -55,8 +55,8 @@ def test_left_open_it_is_written_for_plain_transformers(mixture: Path, tmp_path:
 @pytest.mark.parametrize("format", ["gptq", "awq"])
 def test_asked_for_it_says_who_reads_it(mixture: Path, tmp_path: Path, format: str) -> None:
     record = made(mixture, tmp_path / "out", format=format)
-    proof = record["proof"]
-    assert proof["how"] == "separated" and proof["passed"] and "from random numbers" in proof["why"]
+    found = record["verification"]
+    assert found["how"] == "separated" and found["passed"] and "from random numbers" in found["why"]
     said = card(tmp_path / "out")
     assert "NOT by transformers alone" in said and "AutoModelForCausalLM" not in said
     assert not transformers_reads(format, experts=True) and transformers_reads(format, experts=False)

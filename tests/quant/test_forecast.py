@@ -51,7 +51,7 @@ def test_the_size_is_the_written_size(
     """To the byte, also from a float32 model, whose plain tensors become float16."""
     model = write_tiny(tmp_path / "model", tie=tied, dtype="float32" if tied else "bfloat16")
     one = recipe(method, calibration_file, **keys)
-    quantize([Job("q", one, tmp_path / "q")], str(model), device="cpu", progress=Silent(), prove=False)
+    quantize([Job("q", one, tmp_path / "q")], str(model), device="cpu", progress=Silent(), verify=False)
     written = sum(file.stat().st_size for file in (tmp_path / "q").glob("*.safetensors"))
     assert checkpoint_bytes(one, open_files(model)) == written
 
@@ -61,7 +61,7 @@ def test_the_size_through_bitsandbytes(tiny: Path, tmp_path: Path, method: str) 
     for double in (False, True) if method == "bnb-nf4" else (False,):
         one = recipe(method, **({"double_quant": double} if double else {}))
         out = tmp_path / f"q{double}"
-        quantize([Job("q", one, out)], str(tiny), device="cpu", progress=Silent(), prove=False)
+        quantize([Job("q", one, out)], str(tiny), device="cpu", progress=Silent(), verify=False)
         written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         assert checkpoint_bytes(one, open_files(tiny)) == pytest.approx(written, rel=0.01)
 

@@ -167,7 +167,7 @@ def test_plain_tensors_are_copied_from_file_to_file(tmp_path: Path) -> None:
     assert stored["x.scales"].dtype == torch.float32 and stored["x.weight_scale"].dtype == torch.float16
 
 
-def test_a_failed_proof_leaves_no_checkpoint(tiny: Path, tmp_path: Path) -> None:
+def test_a_failed_verification_leaves_no_checkpoint(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "q"
     for _ in range(2):  # the second time there is one from before
         writer = CheckpointWriter(out, "model.layers", 0, torch.float16, KEY, resume=False)
@@ -202,7 +202,7 @@ def quantize(model: Path, text: Path, out: Path, propagate: str, *, resume: bool
 
 @pytest.mark.parametrize("propagate", ["original", "quantized"])
 def test_killed_runs_end_in_the_same_bytes(tmp_path: Path, calibration_file: Path, propagate: str) -> None:
-    """Killed once some blocks are there, then while it resumes, then at the proof."""
+    """Killed once some blocks are there, then while it resumes, then while it is verified."""
     model = write_tiny(tmp_path / "model", layers=6)
     assert quantize(model, calibration_file, tmp_path / "whole", propagate, resume=False).wait() == 0
     out = tmp_path / "killed"

@@ -145,11 +145,11 @@ def test_widths_are_chosen_and_the_checkpoint_is_what_was_solved(
     tiny: Path, calibration_file: Path, tmp_path: Path, method: str
 ) -> None:
     mixed = recipe(calibration_file, method, bits="auto", target_bits=3.5)
-    outcome = run(tiny, tmp_path, {"auto": mixed}, prove=True)["auto"]
+    outcome = run(tiny, tmp_path, {"auto": mixed}, verify=True)["auto"]
     record = json.loads((tmp_path / "auto" / "quantlab.json").read_text())
     widths = record["widths"]["layers"]
     assert 3.0 < record["widths"]["average_bits"] <= 3.5 and len({*widths.values()}) > 1
-    assert len(widths) == 3 * 7 and record["proof"]["passed"] and outcome.widths["layers"] == widths
+    assert len(widths) == 3 * 7 and record["verification"]["passed"] and outcome.widths["layers"] == widths
     if method == "awq":  # a norm is folded once for all layers it feeds
         for block in range(3):
             named = [widths[f"model.layers.{block}.self_attn.{p}_proj"] for p in "qkv"]
@@ -173,7 +173,7 @@ def test_a_recipe_that_joins_a_resumed_run_gets_all_its_blocks(
     from quantlab.quant.checkpoint import CheckpointWriter
 
     wanted = {k: v for k, v in six(calibration_file).items() if k in ("g3", "own", "awq")}
-    run(tiny, tmp_path / "whole", wanted, prove=True, memory_limit=10**9)
+    run(tiny, tmp_path / "whole", wanted, verify=True, memory_limit=10**9)
     plain = CheckpointWriter.write_block
 
     def until_the_last(self: CheckpointWriter, index: int, *args: Any, **keys: Any) -> None:
@@ -184,9 +184,13 @@ def test_a_recipe_that_joins_a_resumed_run_gets_all_its_blocks(
     monkeypatch.setattr(CheckpointWriter, "write_block", until_the_last)
     with pytest.raises(KeyboardInterrupt):
         run(
-            tiny, tmp_path / "cut", {"g3": wanted["g3"], "own": wanted["own"]}, prove=True, memory_limit=10**9
+            tiny,
+            tmp_path / "cut",
+            {"g3": wanted["g3"], "own": wanted["own"]},
+            verify=True,
+            memory_limit=10**9,
         )
     monkeypatch.undo()
-    run(tiny, tmp_path / "cut", wanted, prove=True, memory_limit=10**9, resume=True)
+    run(tiny, tmp_path / "cut", wanted, verify=True, memory_limit=10**9, resume=True)
     for name in wanted:
         assert shards(tmp_path / "cut" / name) == shards(tmp_path / "whole" / name), name

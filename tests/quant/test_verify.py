@@ -1,5 +1,5 @@
-"""The proof: real checkpoints pass in a fresh process, both ways; checkpoints damaged in small ways that load do not;
-and nothing is left behind when the process is killed or too slow."""
+"""Verification: real checkpoints pass in a fresh process, both ways; checkpoints damaged in small ways that load do
+not; and nothing is left behind when the process is killed or too slow."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def made(tiny: Path, calibration_file: Path, tmp_path_factory: pytest.TempPathFa
         for name, keys in KINDS.items()
     }
     jobs = [Job(name, one, folder / name) for name, one in recipes.items()]
-    quantize(jobs, str(tiny), device="cpu", progress=Silent(), prove=False)
+    quantize(jobs, str(tiny), device="cpu", progress=Silent(), verify=False)
     return {name: folder / name for name in KINDS}
 
 
@@ -132,16 +132,16 @@ def intended(tiny: Path, checkpoint: Path) -> torch.Tensor:
     return Expected(found, expected_of(checkpoint, ROWS).rounded)
 
 
-def test_all_kinds_are_proven_both_ways(tiny: Path, made: dict[str, Path]) -> None:
+def test_all_kinds_are_verified_both_ways(tiny: Path, made: dict[str, Path]) -> None:
     claims = [Check(path, intended(tiny, path), name) for name, path in made.items()]
     for limit, how in ((None, "transformers"), (1000, "streamed")):
-        for claim, proof in zip(claims, verify(claims, ROWS, memory_limit=limit), strict=True):
-            raise_if_failed(proof, claim.label)
-            assert proof.how == how, (claim.label, proof.why)
-            assert proof.relative < (1e-5 if how == "streamed" else 3e-2), claim.label
-            assert proof.tolerance.relative < 0.1
-            assert (proof.rows, proof.tokens) == tuple(ROWS.shape) and proof.top1 > 0.95
-            record = json.loads(json.dumps(proof.record()))
+        for claim, found in zip(claims, verify(claims, ROWS, memory_limit=limit), strict=True):
+            raise_if_failed(found, claim.label)
+            assert found.how == how, (claim.label, found.why)
+            assert found.relative < (1e-5 if how == "streamed" else 3e-2), claim.label
+            assert found.tolerance.relative < 0.1
+            assert (found.rows, found.tokens) == tuple(ROWS.shape) and found.top1 > 0.95
+            record = json.loads(json.dumps(found.record()))
             assert record["passed"] is True and record["how"] == how
             assert ("why" in record) == (how == "streamed")
 
@@ -160,12 +160,12 @@ def test_small_damage_is_found(tiny: Path, made: dict[str, Path], tmp_path: Path
         claims.append(Check(tmp_path / kind, expected, kind))
     whole, *damaged = verify(claims, ROWS, memory_limit=1000 if how == "streamed" else None)
     raise_if_failed(whole, "nothing")
-    for proof, kind in zip(damaged, DAMAGE, strict=True):
-        assert proof.how == how and not proof.passed and proof.relative > 0.03, kind
+    for found, kind in zip(damaged, DAMAGE, strict=True):
+        assert found.how == how and not found.passed and found.relative > 0.03, kind
         with pytest.raises(
             QuantlabError, match=r"q: reloaded .* does not compute what was intended"
         ) as caught:
-            raise_if_failed(proof, "q", tmp_path / "q.failed")
+            raise_if_failed(found, "q", tmp_path / "q.failed")
         assert "q.failed" in caught.value.hint
 
 

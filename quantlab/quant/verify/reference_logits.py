@@ -329,7 +329,7 @@ class _Stand:
 
 
 def probe_rows(rows: torch.Tensor | None, vocabulary: int, count: int = 2, tokens: int = 64) -> torch.Tensor:
-    """Short rows to prove a checkpoint on: the beginnings of the first calibration rows, or, where there are none,
+    """Short rows to verify a checkpoint on: the beginnings of the first calibration rows, or, where there are none,
     tokens drawn with a fixed seed. int64 [count, tokens]."""
     if rows is not None and len(rows) >= count:
         return rows[:count, :tokens].clone()

@@ -1,4 +1,4 @@
-"""The proof at the end of a run: a finished checkpoint, reloaded in a fresh process, computes what was intended.
+"""Verification at the end of a run: a finished checkpoint, reloaded in a fresh process, computes what was intended.
 
 What was intended is a few token rows through the model with the weights of the in-memory result, in float32 (see
 ``intended.ReferencePass``). The fresh process loads the checkpoint with plain transformers, through whatever kernels
@@ -54,7 +54,7 @@ class Tolerance:
 
 
 TOLERANCES = {"streamed": Tolerance(1e-4, 1e-5), "transformers": Tolerance(2e-2, 1e-3)}
-LARGEST = Tolerance(0.25, 0.1)  # beyond this nothing is proven, however the model carries errors on
+LARGEST = Tolerance(0.25, 0.1)  # beyond this nothing is verified, however the model carries errors on
 
 
 @dataclass(frozen=True)
@@ -155,18 +155,18 @@ def verify(
     return [_compare(claim, answer) for claim, answer in zip(claims, answers, strict=True)]
 
 
-def raise_if_failed(proof: Verification, label: str, kept: Path | None = None) -> None:
+def raise_if_failed(found: Verification, label: str, kept: Path | None = None) -> None:
     """Refuse a checkpoint that does not compute what was intended. ``kept``: where it was put.
 
     Raises:
         QuantlabError: says by how much it differs.
     """
-    if proof.passed:
+    if found.passed:
         return
     raise QuantlabError(
-        f"{label}: reloaded ({proof.how}), the checkpoint does not compute what was intended: its logits differ by "
-        f"{proof.relative:.2%} (allowed {proof.tolerance.relative:.2%}), KL {proof.kl:.2g} nats (allowed "
-        f"{proof.tolerance.kl:.2g}), the most likely token agrees at {proof.top1:.1%} of positions",
+        f"{label}: reloaded ({found.how}), the checkpoint does not compute what was intended: its logits differ by "
+        f"{found.relative:.2%} (allowed {found.tolerance.relative:.2%}), KL {found.kl:.2g} nats (allowed "
+        f"{found.tolerance.kl:.2g}), the most likely token agrees at {found.top1:.1%} of positions",
         hint=f"it is not usable and was left in {kept} to be looked at" if kept else "it is not usable",
     )
 

@@ -1,4 +1,4 @@
-"""The fresh process of ``proof``: told on stdin which checkpoints to load, writes their logits beside a description.
+"""The fresh process of ``reload``: told on stdin which checkpoints to load, writes their logits beside a description.
 
     python -m quantlab.quant.verify.worker [LIBRARY...] < questions.json
 
