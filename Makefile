@@ -1,3 +1,4 @@
+# make install   into .venv; the others do so when needed
 # make demo   install when needed, then the whole story on the embedded model (CPU, offline)
 # make test   the tests, some minutes; make fast: those without processes and models; make test-all: every one
 # make check  ruff and mypy      make fix   what ruff can repair
@@ -15,7 +16,9 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo fast test rest test-all check fix docs clean
+.PHONY: install demo fast test rest test-all check fix docs clean
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/quantlab demo

@@ -33,7 +33,7 @@ IDLE = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM\n"
     "import quantlab.cli, quantlab.commands.quantize\n"
     "import quantlab.models.load, quantlab.quant.sequential\n"
-    "import quantlab.quant.methods.gptq, quantlab.quant.methods.awq_block\n"
+    "import quantlab.quant.methods.gptq, quantlab.quant.methods.awq\n"
 )
 
 

@@ -44,7 +44,6 @@ FAST: frozenset[str] = frozenset(
         "text2sql/test_judge.py",
         "text2sql/test_mutants.py",
         "text2sql/test_name_check.py",
-        "text2sql/test_order_ties.py",
         "text2sql/test_prompts.py",
         "text2sql/test_question_writing.py",
         "text2sql/test_result_compare.py",

@@ -182,7 +182,7 @@ METHODS: dict[str, Method] = {
     ),
     "awq": Method(
         "AWQ: channels with large activations are scaled up before rounding",
-        solve="quantlab.quant.methods.awq_block:quantize_block",
+        solve="quantlab.quant.methods.awq:quantize_block",
         options=AwqOptions,
         formats=("awq", "gptq"),
         symmetric=False,

@@ -7,8 +7,8 @@ from quantlab.models.scale_folding import LinearPair, NormFold, ScaleFolds
 from quantlab.quant.block import BlockView, NormInput
 from quantlab.quant.grid import Grid, layer_loss, round_to_grid
 from quantlab.quant.hessian import InputHessian
-from quantlab.quant.methods.awq import Realize, search_clip, search_scales, solve_awq
-from quantlab.quant.methods.awq_block import quantize_block
+from quantlab.quant.methods.awq import quantize_block
+from quantlab.quant.methods.awq_search import Realize, search_clip, search_scales, solve_awq
 from quantlab.quant.methods.rtn import quantize_block as round_block
 
 GRID = Grid(3, 32, False)

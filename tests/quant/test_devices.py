@@ -311,8 +311,8 @@ FAULTS = [
     ("quantlab.quant.methods.fp8", "storable_scales", "fp8"),
     ("quantlab.quant.methods.gptq", "squared_distance", "gptq"),
     ("quantlab.quant.methods.gptq", "_damped_factor", "gptq"),
-    ("quantlab.quant.methods.awq", "nearest_values", "awq"),
-    ("quantlab.quant.methods.awq", "_average_tied", "awq"),
+    ("quantlab.quant.methods.awq_search", "nearest_values", "awq"),
+    ("quantlab.quant.methods.awq_search", "_average_tied", "awq"),
     ("quantlab.quant.hessian", "InputHessian.empty", "gptq"),
 ]
 

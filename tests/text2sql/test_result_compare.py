@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quantlab.text2sql.scoring.order_ties import Group
+from quantlab.text2sql.scoring.order_by import Group
 from quantlab.text2sql.scoring.result_compare import Comparison, compare
 
 Rows = list[tuple[Any, ...]]

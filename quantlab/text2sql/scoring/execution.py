@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantlab.text2sql.sandbox.pool import Execution, Sandbox
-from quantlab.text2sql.scoring.order_ties import Group, OrderPlan, order_plan, tie_groups
+from quantlab.text2sql.scoring.order_by import Group, OrderPlan, order_plan, tie_groups
 from quantlab.text2sql.scoring.result_compare import Comparison, compare
 
 

@@ -2,7 +2,7 @@
 
 The rules:
 - rows are a multiset; they are a sequence only when the gold's outermost query sorts, up to ties
-  (`order_ties.py`);
+  (`order_by.py`);
 - columns may stand in another order and have other names; none may be missing or too many;
 - integers compare exactly; where a float is involved, within 1e-6 relative (1e-12 absolute at zero); 1
   equals 1.0;
@@ -25,7 +25,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantlab.text2sql.scoring.order_ties import Group, Row
+from quantlab.text2sql.scoring.order_by import Group, Row
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-12
 SEARCH_CELLS = 5_000_000  # work of the column search, in table cells looked at, until it gives up

@@ -15,7 +15,7 @@ from typing import Any
 from quantlab.text2sql.sandbox.pool import Execution, Sandbox
 from quantlab.text2sql.schema.schema import Column, Schema
 from quantlab.text2sql.scoring.execution import compared, gold_of
-from quantlab.text2sql.scoring.order_ties import OrderPlan, order_plan
+from quantlab.text2sql.scoring.order_by import OrderPlan, order_plan
 from quantlab.text2sql.testdata.boundary_values import kind_of, pool
 from quantlab.text2sql.testdata.mutants import Mutant, mutants
 from quantlab.text2sql.testdata.query_facts import MAX_SIZE, PLACE, Clues, Key, gather

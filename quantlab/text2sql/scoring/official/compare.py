@@ -38,7 +38,7 @@ from quantlab.text2sql.schema.schema import quote_name
 from quantlab.text2sql.scoring.exact_match import MAX_LENGTH, parse
 from quantlab.text2sql.scoring.official import spider
 from quantlab.text2sql.scoring.official.sql_eval import frames_agree
-from quantlab.text2sql.scoring.order_ties import Row
+from quantlab.text2sql.scoring.order_by import Row
 
 Rule = Literal["spider-test-suite", "bird", "sql-eval"]
 RULES: tuple[Rule, ...] = ("spider-test-suite", "bird", "sql-eval")

@@ -13,7 +13,7 @@ from quantlab.text2sql.scoring.exact_match import fold
 from quantlab.text2sql.scoring.execution import Verdict
 from quantlab.text2sql.scoring.official.compare import Published, published_query
 from quantlab.text2sql.scoring.official.sql_eval import broadcast_equal, make_frame
-from quantlab.text2sql.scoring.order_ties import Group, Row, order_plan
+from quantlab.text2sql.scoring.order_by import Group, Row, order_plan
 from quantlab.text2sql.scoring.result_compare import compare
 
 RULE_WORDS = {

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from quantlab.text2sql.scoring.order_ties import Row
+from quantlab.text2sql.scoring.order_by import Row
 
 SEARCH_CELLS = (
     5_000_000  # table cells looked at for a permutation of columns; the original would go on for ever

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantlab.text2sql.scoring.order_ties import Row
+from quantlab.text2sql.scoring.order_by import Row
 
 _ASKS_FOR_ORDER = re.compile(r"\b(order|sort|arrange)\b", re.IGNORECASE)
 _ORDER_BY = re.compile(r"ORDER BY([^\n;,)]*)(?=[;,)]|\n?\Z)", re.IGNORECASE)

@@ -8,7 +8,7 @@ import pytest
 
 from quantlab.text2sql.sandbox.pool import Sandbox
 from quantlab.text2sql.scoring.execution import run_gold
-from quantlab.text2sql.scoring.order_ties import order_plan
+from quantlab.text2sql.scoring.order_by import order_plan
 
 
 @pytest.mark.parametrize(
