@@ -103,4 +103,4 @@ def test_the_demo_stores_the_student_in_eight_ways_and_its_overrides_fit() -> No
         assert all(recipe.tasks.of(task) == lesson.tasks.of(task) for task in ("perplexity", "text2sql"))
     steps = expected(recipes)
     assert "none: text2sql" in steps and "gptq-int4: fidelity" in steps and steps["quantizing"] > 0
-    assert 300 < sum(steps.values()) < 360  # measured on two threads with AVX2: 349
+    assert 300 < sum(steps.values()) < 360  # measured on two threads with AVX2: 302 to 371

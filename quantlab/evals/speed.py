@@ -4,7 +4,7 @@ A number that depends on what ran before it in the same process is not a number.
 process (``speed_worker``) that has seen nothing else; the processes wait while another one measures, and take turns of
 a tenth of a second, the baseline among them. A processor's pace changes from one second to the next, on a shared host
 by a fifth and more: over turns that short it averages out of the ratio to the baseline. (Checkpoints of one layout and
-kernel came out 1 to 3 % apart; 2 to 12 % with turns of one second.)
+kernel came out up to 5 % apart; up to 12 % with turns of one second.)
 
 The work is one pass after another: prefill is one forward pass over a prompt of random tokens, decode is greedy, one
 token at a time with the cache, the prompt not counted. Passes before the speed has settled are thrown away: kernels

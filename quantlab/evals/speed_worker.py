@@ -120,25 +120,22 @@ class Bench:
     def do_settle(self) -> dict[str, Any]:
         """Rounds of whole passes until two in a row are equally fast, and what the process holds meanwhile."""
         started = time.perf_counter()
-        speeds: list[float] = []
-        while len(speeds) < WARM_UP_ROUNDS and time.perf_counter() - started < WARM_UP_SECONDS:
-            before = time.perf_counter()
-            passes, seconds = self._passes(0.0 if not speeds else WARM_UP_ROUND)
-            if not speeds:
-                first = time.perf_counter() - before
-                first_peak = self.memory.above_idle()
-                self.memory.start_anew()  # kernels that rearrange weights at first use held more than they will again
-            speeds.append(seconds / passes)
-            if len(speeds) > 2 and abs(speeds[-1] / speeds[-2] - 1) < SETTLED:
+        _, seconds = self._passes(0.0)
+        first = time.perf_counter() - started
+        peaks = [self.memory.above_idle()]
+        self.memory.start_anew()  # kernels that rearrange weights at their first use held more than they will again
+        per_pass = [seconds]
+        while len(per_pass) < WARM_UP_ROUNDS and time.perf_counter() - started < WARM_UP_SECONDS:
+            passes, seconds = self._passes(WARM_UP_ROUND)
+            per_pass.append(seconds / passes)
+            if len(per_pass) > 2 and abs(per_pass[-1] / per_pass[-2] - 1) < SETTLED:
                 break
-        running = self.memory.above_idle()
+        peaks.append(self.memory.above_idle())
         return {
-            "first_use_seconds": max(0.0, first - speeds[-1]),
-            "warm_up_rounds": len(speeds),
-            "peak_bytes": max(running, first_peak)
-            if running is not None and first_peak is not None
-            else None,
-            "running_peak_bytes": running,
+            "first_use_seconds": max(0.0, first - per_pass[-1]),
+            "warm_up_rounds": len(per_pass),
+            "peak_bytes": max((peak for peak in peaks if peak is not None), default=None),
+            "running_peak_bytes": peaks[-1],
             "memory": self.memory.what,
             **self.caches.details(),
         }
@@ -185,11 +182,11 @@ def _turn(work: Iterator[float], tokens: int, cold: int = 0) -> dict[str, Any]:
     ``cold`` ones count only where the turn has no others."""
     from quantlab.models.disturbance import mark, taken_between
 
-    before = after = mark()
+    before = mark()
     took: list[float] = []
-    while after.clock - before.clock < TURN_SECONDS:
+    while time.perf_counter() - before.clock < TURN_SECONDS:
         took.append(next(work))
-        after = mark()
+    after = mark()
     counted = took[cold:] or took
     return {
         "tokens": tokens * len(counted),

@@ -20,7 +20,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of ``dtype`` about as fast as those of float32, or faster.
 
-    bfloat16: with AVX512-BF16 or AMX, or on Arm where oneDNN takes it. float16: nowhere; libraries convert it.
+    bfloat16: with AVX512-BF16 or AMX on x86, and where oneDNN takes it. float16: nowhere; libraries convert it.
     """
     if dtype == torch.float16:
         return False

@@ -95,28 +95,34 @@ def quantize(
             claim(job.out)
         if changing:
             refuse_nonfinite(files)
-        return _quantize_all(jobs, files, pick_device(chosen.device), progress, chosen, reloader)
+        groups = _groups(jobs, chosen)
+        device = pick_device(chosen.device)
+        outcomes: dict[int, Outcome] = {}
+        for i, job in enumerate(jobs):
+            method = METHODS[job.recipe.method]
+            if method.whole:
+                outcomes[i] = _whole_model(job, files, device, progress, chosen.trust_remote_code)
+            elif method.solve is None:
+                outcomes[i] = Outcome(job, None)
+        for number, members in enumerate(groups):
+            mine = [jobs[i] for i in members]
+            later = replace(chosen, early=False)
+            with nullcontext(reloader) if number == 0 else _reloader(mine, later) as process:
+                done = _quantize_group(mine, files, device, progress, chosen, process)
+            outcomes.update(zip(members, done, strict=True))
+    return [outcomes[i] for i in range(len(jobs))]
 
 
-def _quantize_all(
-    jobs: Sequence[Job],
-    files: ModelFiles,
-    device: str,
-    progress: Progress,
-    settings: Settings,
-    reloader: FreshProcess | None,
-) -> list[Outcome]:
-    """Group after group. ``reloader``: for the first of them."""
-    outcomes: dict[int, Outcome] = {}
+def _groups(jobs: Sequence[Job], settings: Settings) -> list[list[int]]:
+    """The places of jobs that are solved together, those with one calibration and dtype.
+
+    Raises:
+        RecipeError: there are several groups, but one set of Hessians is to be kept or read.
+    """
     groups: dict[tuple[str, str], list[int]] = {}
     for i, job in enumerate(jobs):
-        method = METHODS[job.recipe.method]
-        if method.whole:
-            outcomes[i] = _whole_model(job, files, device, progress, settings.trust_remote_code)
-        elif method.solve:
+        if METHODS[job.recipe.method].solve:
             groups.setdefault(group_key(job.recipe), []).append(i)
-        else:
-            outcomes[i] = Outcome(job, None)
     # Recipes without a need for data ride along with the first group that has one.
     for key in [key for key in groups if not key[0]]:
         other = next((other for other in groups if other[0] and other[1] == key[1]), None)
@@ -127,16 +133,7 @@ def _quantize_all(
             "these recipes differ in calibration or dtype, so there is no one set of Hessians for them",
             hint="quantize them one after the other",
         )
-    for members in groups.values():
-        mine = [jobs[i] for i in members]
-        ready = (
-            nullcontext(reloader) if reloader is not None else _reloader(mine, replace(settings, early=False))
-        )
-        reloader = None  # it is used up
-        with ready as process:
-            done = _quantize_group(mine, files, device, progress, settings, process)
-        outcomes.update(zip(members, done, strict=True))
-    return [outcomes[i] for i in range(len(jobs))]
+    return list(groups.values())
 
 
 def _whole_model(
