@@ -17,6 +17,7 @@ from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.paths import bundled_sources
 from quantlab.recipe.load import EvaluateRecipe, Recipe, bundled_recipes, load_recipe, parse_recipe
 from quantlab.recipe.quantize import QuantizeRecipe
+from tests.conftest import write_mixture
 
 KOREAN = ("calib/ko-text2sql.jsonl", "heldout.txt")
 GENERAL = ("calib/general.jsonl", "general.txt")
@@ -25,7 +26,8 @@ GENERAL = ("calib/general.jsonl", "general.txt")
 def files_with(tiny: Path, folder: Path, **config: Any) -> ModelFiles:
     shutil.copytree(tiny, folder, dirs_exist_ok=True)
     content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | config))
+    content = {key: value for key, value in (content | config).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(content))
     return open_files(folder)
 
 
@@ -121,14 +123,9 @@ def test_the_note_names_the_texts_and_how_to_use_ones_own(tiny: Path) -> None:
     assert note_texts([named], open_files(tiny)) == ""
 
 
-def moe(folder: Path, tiny: Path) -> ModelFiles:
-    """A model whose files hold experts by themselves; headers suffice."""
-    from tests.models.test_files import write_safetensors
-
-    shutil.copytree(tiny, folder)
-    names = [f"model.layers.{i}.mlp.experts.{e}.w1.weight" for i in range(2) for e in range(2)]
-    write_safetensors(folder / "model.safetensors", {name: ("BF16", [4, 4], bytes(32)) for name in names})
-    return open_files(folder)
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return open_files(write_mixture(tmp_path_factory.mktemp("models") / "mixtral"))
 
 
 @pytest.mark.parametrize(
@@ -146,12 +143,13 @@ def moe(folder: Path, tiny: Path) -> ModelFiles:
     ],
 )
 def test_experts_go_where_transformers_reads_them(
-    tiny: Path, tmp_path: Path, text: str, format: str, static: bool
+    tiny: Path, mixture: ModelFiles, text: str, format: str, static: bool
 ) -> None:
     recipe = parse_recipe(f"kind: quantize\n{text}\n")
-    settled = settle(recipe, moe(tmp_path / "moe", tiny))
+    settled = settle(recipe, mixture)
     assert isinstance(settled, QuantizeRecipe) and isinstance(recipe, QuantizeRecipe)
     assert (settled.format, settled.static_groups) == (format, static)
+    assert bool(settled.ignore) == ("symmetric: false" in text)  # no format holds them asymmetric
     assert settle(recipe, open_files(tiny)).format == recipe.format
 
 

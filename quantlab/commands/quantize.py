@@ -147,13 +147,16 @@ def quantize_and_measure(
     files = open_model(options.model, progress)
     if said := note_texts([recipe for _, recipe in recipes], files, measured=options.evaluate):
         progress.note(said)
-    recipes = [(name, settle(recipe, files)) for name, recipe in recipes]
+    trust = options.trust_remote_code
+    recipes = [(name, settle(recipe, files, trust)) for name, recipe in recipes]
     for _, recipe in recipes:
-        check(recipe, files)  # a misfit is the first thing to know, before what is in the way
+        check(
+            recipe, files, trust_remote_code=trust
+        )  # a misfit is the first thing to know, before what is in the way
     items = plan_items(recipes, options, files)
     for item in items:
         if item.solve and item.out is not None:
-            check(item.recipe, files, item.out)
+            check(item.recipe, files, item.out, trust)
     check_weights(files)
     if options.dry_run:
         return {"status": "dry-run", "model": options.model, "plan": [_steps(item) for item in items]}
@@ -339,7 +342,8 @@ def _note_outcome(run: Run, item: Item) -> None:
 
 def _readers(item: Item) -> Readers:
     """Who reads an item's checkpoint."""
-    return readers(item.recipe.format, experts=item.work.files.has_experts)
+    made = provenance(item.out) if item.out is not None else {}
+    return readers(item.recipe.format, experts=bool(made.get("experts_unread")))
 
 
 def calibration_name(made: Mapping[str, Any]) -> str | None:

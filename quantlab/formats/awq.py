@@ -13,12 +13,13 @@ Other widths are not part of the layout as readers know it, so they are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from quantlab.formats import bits as bitstream
+from quantlab.registry.formats import Contents
 
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
@@ -55,29 +56,19 @@ def unpack(
     return codes, tensors["scales"].t().to(torch.float32), zeros, group_of
 
 
-def config(
-    layers: Mapping[str, tuple[int, int]],
-    *,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    options: Mapping[str, Any],
-    floating: bool,
-    quantizer: str,
-    ignore: Sequence[str],
-) -> dict[str, Any]:
+def config(contents: Contents) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint in this layout."""
-    if any(found != (bits, group_size) for found in layers.values()):
+    if any(found != (contents.bits, contents.group_size) for found in contents.layers.values()):
         raise ValueError("the awq layout knows one width and one group size")
     return {
         "quant_method": "awq",
         "version": "gemm",
         "format": "gemm",
-        "bits": bits,
-        "group_size": group_size,
-        "zero_point": not symmetric,
-        "modules_to_not_convert": list(ignore) or None,
-        "meta": {"quantizer": [quantizer]},
+        "bits": contents.bits,
+        "group_size": contents.group_size,
+        "zero_point": not contents.symmetric,
+        "modules_to_not_convert": list(contents.ignore) or None,
+        "meta": {"quantizer": [contents.quantizer]},
     }
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from quantlab.formats import bits as bitstream
+from quantlab.registry.formats import Contents
 
 
 def pack(
@@ -69,34 +70,27 @@ def unpack(
     return codes, scales, zeros, group_of
 
 
-def config(
-    layers: Mapping[str, tuple[int, int]],
-    *,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    options: Mapping[str, Any],
-    floating: bool,
-    quantizer: str,
-    ignore: Sequence[str],
-) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint in this layout. ``floating``: the codes are float8_e4m3fn.
+def config(contents: Contents) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint in this layout.
 
-    ``quantizer`` and the other options have no place in it: the package means to refuse keys that it does not know.
+    The quantizer and the other options have no place in it: the package means to refuse keys that it does not know.
     """
-    if not symmetric:
+    if not contents.symmetric:
         raise ValueError("transformers reads symmetric grids only from the compressed-tensors layout")
+    options = contents.options
     ordered = options.get("act_order", False) is True
     if ordered and not options.get("static_groups", False):
         raise ValueError("the compressed-tensors layout has no room for a column order")
-    kinds = sorted(set(layers.values())) or [(bits, group_size)]
+    kinds = sorted(set(contents.layers.values())) or [(contents.bits, contents.group_size)]
+    floating = contents.floating
     groups = {}
     for number, (width, size) in enumerate(kinds):
         # Layers are named one by one where there are several groups: beside a group for every "Linear" vLLM would
         # not look at names of layers that it fuses (q, k and v become one).
-        named = [name for name, kind in layers.items() if kind == (width, size)]
+        named = [name for name, kind in contents.layers.items() if kind == (width, size)]
+        named += [contents.aliases[name] for name in named if name in contents.aliases]
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(kinds) == 1 else named,
+            "targets": ["Linear"] if len(kinds) == 1 else _with_experts(named),
             "weights": {
                 "num_bits": width,
                 "type": "float" if floating else "int",
@@ -116,9 +110,17 @@ def config(
         "format": "float-quantized" if floating else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(ignore),
+        "ignore": list(contents.ignore),
         "kv_cache_scheme": None,
     }
+
+
+def _with_experts(named: Sequence[str]) -> list[str]:
+    """Targets of a group. transformers, which merges experts, takes the group of theirs to be the one that has a
+    regular expression with ``experts`` in it."""
+    if not any("experts" in name.split(".") for name in named):
+        return list(named)
+    return [r"re:.*\.experts\.\d+\..*", *(name for name in named if "experts" not in name.split("."))]
 
 
 def _pack(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -15,12 +15,14 @@ carry into its neighbour. Grids for this format are therefore fitted with ``zero
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from quantlab.formats import bits as bitstream
+from quantlab.registry.formats import Contents
 
 
 def pack(
@@ -53,57 +55,69 @@ def unpack(
     return codes.contiguous(), tensors["scales"].t().to(torch.float32), zeros, group_of
 
 
-def config(
-    layers: Mapping[str, tuple[int, int]],
-    *,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    options: Mapping[str, Any],
-    floating: bool,
-    quantizer: str,
-    ignore: Sequence[str],
-) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint in this layout. ``quantizer`` is ``name:version``.
+# Names of block lists that optimum finds by itself.
+FOUND = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
+
+
+def config(contents: Contents) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint in this layout.
 
     ``desc_act`` tells readers whether groups are out of place, so it is false with static groups, however the columns
-    were visited.
+    were visited. Which linears are packed is said twice, since readers differ: by names inside a block (transformers
+    through optimum, vLLM) and, for what was left out, by names with ``-:`` before them (gptqmodel).
 
     Raises:
         ValueError: the layers differ in width or group size. gptqmodel and vLLM know per-layer overrides (``dynamic``),
             but transformers drops them, and a checkpoint has to load there.
     """
-    if any(found != (bits, group_size) for found in layers.values()):
+    if any(found != (contents.bits, contents.group_size) for found in contents.layers.values()):
         raise ValueError("transformers reads one width and group size from the gptq layout")
+    options = contents.options
     found = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
         "format": "gptq",
-        "bits": bits,
-        "group_size": group_size,
-        "sym": symmetric,
+        "bits": contents.bits,
+        "group_size": contents.group_size,
+        "sym": contents.symmetric,
         "desc_act": options.get("act_order", False) is True and not options.get("static_groups", False),
         "static_groups": options.get("static_groups", False),
         "damp_percent": options.get("damp", 0.01),
         "lm_head": False,
         "true_sequential": False,
         "pack_dtype": "int32",
-        "meta": {"quantizer": [quantizer]},
+        "meta": {"quantizer": [contents.quantizer]},
     }
-    kept = kept_in_blocks(layers, ignore)
-    return found | ({"modules_in_block_to_quantize": [kept]} if kept else {})
+    # Packed experts are read by those who go by the names in the files.
+    aliases = [name for name in contents.aliases.values() if "experts" not in name.split(".")]
+    inside = kept_in_blocks([*contents.layers, *aliases], contents.ignore)
+    if inside:
+        found["modules_in_block_to_quantize"] = [inside]
+    if contents.blocks and contents.blocks not in FOUND:
+        found["block_name_to_quantize"] = contents.blocks
+    if contents.kept:
+        found["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in contents.kept}
+    return found
 
 
-def kept_in_blocks(layers: Mapping[str, tuple[int, int]], ignore: Sequence[str]) -> list[str]:
+def kept_in_blocks(layers: Iterable[str], ignore: Sequence[str]) -> list[str]:
     """Names, relative to a block, of the quantized linears, if there are others beside them in the blocks (readers
     take every linear of a block for quantized unless told); empty where there are none."""
-    inside = {name.split(_numbered(name), 1)[1] for name in layers if _numbered(name)}
-    others = {name.split(_numbered(name), 1)[1] for name in ignore if _numbered(name)}
+    inside = {inside_block(name) for name in layers} - {""}
+    others = {inside_block(name) for name in ignore} - {""}
     if inside & others:
         raise ValueError(
             f"the gptq layout leaves out a linear in every block or in none: {min(inside & others)}"
         )
-    return sorted(inside) if others else []
+    # Readers compare the ends of names: what another one ends in begins with the dot before it.
+    unclear = {name for name in inside if any(other.endswith(name) for other in others)}
+    return sorted(f".{name}" if name in unclear else name for name in inside) if others else []
+
+
+def inside_block(name: str) -> str:
+    """A module's name after its block's number, empty outside the blocks."""
+    number = _numbered(name)
+    return name.split(number, 1)[1] if number else ""
 
 
 def _numbered(name: str) -> str:

@@ -8,8 +8,8 @@ experts are taken apart (``experts``), names are those of the skeleton inside an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,20 +17,13 @@ from torch import nn
 from torch.func import functional_call
 
 from quantlab.errors import DataError, first_line
-from quantlab.models.experts import separate
-from quantlab.models.refusals import refuse_unfit
-from quantlab.models.safetensors.files import ModelFiles, has_experts, quantizable
+from quantlab.models.block_inputs import BlockInputs, Dependent, record
+from quantlab.models.experts import merged, separate, taken_apart
+from quantlab.models.layers import Layers, is_layer, linears, matrix, traits
+from quantlab.models.refusals import refuse_other_kinds
+from quantlab.models.safetensors.files import ModelFiles
 from quantlab.models.safetensors.tensors import read_tensor
-from quantlab.models.weight_names import Names, conversions
-
-
-@dataclass
-class BlockInputs:
-    """What a block gets besides its hidden states, recorded from one row: tensors have a first dimension of 1 (or none
-    that counts rows) and are broadcast over the rows of a batch."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+from quantlab.models.weight_names import Names, conversions, renamed
 
 
 class BlockwiseModel:
@@ -52,15 +45,23 @@ class BlockwiseModel:
         trust_remote_code: bool = False,
         stored: torch.dtype | None = None,
     ) -> None:
-        refuse_unfit(files)
+        refuse_other_kinds(files)
         self.files, self.device, self.dtype, self.stored = files, torch.device(device), dtype, stored or dtype
         self.model = skeleton(files, dtype, trust_remote_code)
         self.config: Any = self.model.config
-        separate(self.model, conversions(self.model)[1])
+        plain = renamed(self.model, files.tensors)
+        before = merged(self.model)
+        self._apart = taken_apart(type(module).__name__ for module in before.values())
+        apart = separate(self.model, conversions(self.model)[1], plain=plain)
+        whole = {part.parameter.rpartition(".")[0] for part in apart.values()}
+        self.merged = bool(before.keys() - merged(self.model).keys() - whole)
         self.prefix, self.blocks = find_blocks(self.model)
         refuse_blocks(self.model, self.blocks, files.name)
-        self.names = Names(self.model, files.tensors, files.name)
+        shapes = {name: info.shape for name, info in files.tensors.items()}
+        held = {name: part._replace(parameter=plain[part.parameter]) for name, part in apart.items()}
+        self.names = Names(self.model, shapes, files.name, parts=held)
         self.stored_prefix = self.names.on_disk(f"{self.prefix}.0").rpartition(".")[0]
+        self.returned: int | None = None  # see RETURNED; known once a row went through
         strict = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         half = getattr(self.model, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()
         # Parts of the names of what is computed in float32 whatever the dtype.
@@ -71,10 +72,10 @@ class BlockwiseModel:
         named = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
         for name, _ in named:
             full = f"{prefix}.{name}" if prefix else name
-            if full not in self.names.stored:  # a buffer that the model computes itself
+            held = self.read(full)
+            if held is None:  # a buffer that the model computes itself
                 continue
-            info = self.files.tensors[self.names.stored[full]]
-            tensor = read_tensor(info)
+            tensor = held
             if tensor.is_floating_point():
                 tensor = self.as_stored(full, tensor)
                 tensor = tensor if tensor.dtype == torch.float32 else tensor.to(self.dtype)
@@ -85,6 +86,18 @@ class BlockwiseModel:
                 target._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             else:
                 target._buffers[leaf] = tensor
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """A tensor of the skeleton from the files, as they hold it; None where they do not."""
+        if name in self.names.stored:
+            return read_tensor(self.files.tensors[self.names.stored[name]])
+        if name in self.names.parts:
+            part = self.names.parts[name]
+            return part.of(read_tensor(self.files.tensors[part.parameter].part(part.expert)))
+        if name in self.names.computed:
+            found = self.names.computed[name].run(lambda n: read_tensor(self.files.tensors[n]), self.model)
+            return found[name]
+        return None
 
     def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A floating-point tensor in what it is kept in; ``name`` in the skeleton tells what transformers keeps in
@@ -105,14 +118,47 @@ class BlockwiseModel:
         self.fill(block, f"{self.prefix}.{index}")
         return block.to(self.device)  # non-persistent buffers
 
-    def kept(self) -> list[str]:
-        """Linears that stay as they are: the head, routers, gates of shared experts. By their names in the skeleton,
-        which transformers compares with, and those in the files, which vLLM does, where the two differ."""
-        chosen = {
-            f"{self.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in linears(block)
-        }
-        every = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
-        inside = [name for name in every if name not in chosen]
+    @cached_property
+    def layers(self) -> Layers:
+        """Which layers there are, by their names in the files."""
+        inside = {f"{self.prefix}.{i}.{n}" for i, block in enumerate(self.blocks) for n in linears(block)}
+        odd = traits(self.model)
+        shapes, kept, experts, found, stacked = {}, {}, set(), {}, False
+        for name, module in self.model.named_modules():
+            if not is_layer(module):
+                continue
+            stored = self.names.on_disk(name)
+            if name not in inside:
+                outside = not name.startswith(self.prefix + ".")
+                kept[stored] = "outside the decoder blocks" if outside else "a router"
+                continue
+            if any(part in name for part in (getattr(self.model, "_keep_in_fp32_modules", None) or ())):
+                kept[stored] = "transformers keeps it in float32"
+                continue
+            if f"{name}.weight" in self.names.computed:
+                kept[stored] = "transformers computes it from other tensors in the files"
+                continue
+            rows, columns = matrix(module).shape
+            shapes[stored] = (rows, columns)
+            if "experts" in name.split("."):
+                experts.add(stored)
+                stacked |= f"{name}.weight" in self.names.parts
+            if name in odd:
+                found[stored] = frozenset(odd[name])
+        for name in merged(self.model):
+            if name.startswith(self.prefix + "."):
+                kept[self.names.on_disk(name)] = "transformers takes all experts of a layer from one tensor"
+        return Layers(
+            type(self.model).__name__, self.stored_prefix, len(self.blocks), shapes, kept, frozenset(experts),
+            self.merged, stacked, self._apart, bool(self.names.computed), found,
+        )  # fmt: skip
+
+    def left_out(self, chosen: Iterable[str]) -> list[str]:
+        """The linears that stay as they are where ``chosen`` (names in the files) are quantized. By their names in the
+        skeleton, which transformers compares with, and those in the files, which vLLM does, where the two differ."""
+        packed = set(chosen)
+        every = [name for name, module in self.model.named_modules() if is_layer(module)]
+        inside = [name for name in every if self.names.on_disk(name) not in packed]
         return list(dict.fromkeys(inside + [self.names.on_disk(name) for name in inside]))
 
     @torch.no_grad()
@@ -123,13 +169,12 @@ class BlockwiseModel:
             rows: token ids int64 [rows, seq_len].
 
         Returns:
-            hidden states [rows, seq_len, hidden] on the device, and one call per block, recorded from the first row
-            (all rows have one length, so the rest of a call is the same for each; that is checked on the second).
+            hidden states [rows, seq_len, hidden] on the device, and the other inputs of every block. All rows have one
+            length, so most of a call is the same for each; what is a row's own is recorded for all of them.
 
         Raises:
-            DataError: the blocks get something else that depends on the tokens.
+            DataError: the blocks get something else that depends on the tokens, or hand on more than hidden states.
         """
-        first, second = _Record(), _Record()
         parent, _, leaf = self.prefix.rpartition(".")
         body = self.model.get_submodule(parent)  # the model without its head: no logits are computed
         around = [(f"{parent}.{n}" if parent else n, m) for n, m in body.named_children() if n != leaf]
@@ -139,96 +184,116 @@ class BlockwiseModel:
             module.to(self.device)  # rotary tables and the like, which no file holds
         stubs = nn.ModuleList(_Stub(block) for block in self.blocks)
         setattr(body, leaf, stubs)
-        hidden = []
         try:
-            for number, row in enumerate(rows):
-                record = (first, second, None)[min(number, 2)]
-                hidden.append(self._through(body, stubs, row[None].to(self.device), record))
+            hidden, calls = self._recorded(body, stubs, rows)
         finally:
             setattr(body, leaf, self.blocks)
             for _, module in around:
                 self.empty(module)
-        if len(first.calls) != len(self.blocks):
+        return hidden, calls
+
+    def as_returned(self, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form that a block of this model returns them in."""
+        return hidden if self.returned is None else (hidden, *[None] * self.returned)
+
+    def _recorded(
+        self, body: nn.Module, stubs: nn.ModuleList, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, list[BlockInputs]]:
+        first, one = self._through(body, stubs, rows[:1])
+        if len(one) != len(self.blocks):
             raise DataError(
                 f"{self.files.name}: its forward pass does not go through its decoder blocks once each"
             )
-        if second.calls and not _same(first.plain(), second.plain()):
+        other = self._through(body, stubs, rows[1:2])[1] if len(rows) > 1 else one
+        pair = rows[:2] if len(rows) > 1 else rows[[0, 0]]
+        try:
+            calls = record(one, other, self._through(body, stubs, pair)[1])
+        except Dependent:
             raise DataError(
                 f"{self.files.name}: its decoder blocks get more than hidden states from the tokens",
                 hint="such an architecture cannot be quantized block by block",
-            )
-        return torch.cat(hidden), first.calls
+            ) from None
+        hidden = [first]
+        own = [call.own for call in calls]
+        parts: list[list[list[torch.Tensor]]] = [[[] for _ in of] for of in own]
+        for row in rows[1:].split(1):
+            states, more = self._through(body, stubs, row)
+            hidden.append(states)
+            if any(own):
+                recorded = record(more, one, self._through(body, stubs, torch.cat([row, rows[:1]]))[1])
+                for lists, call in zip(parts, recorded, strict=True):
+                    for values, mine in zip(lists, call.own, strict=True):
+                        values.append(mine.values[: len(mine.values) // 2])
+        for of, lists in zip(own, parts, strict=True):
+            for mine, values in zip(of, lists, strict=True):
+                mine.values = torch.cat([mine.values[: len(mine.values) // 2], *values])
+        return torch.cat(hidden), calls
 
     def _through(
-        self, body: nn.Module, stubs: nn.ModuleList, row: torch.Tensor, record: _Record | None
-    ) -> torch.Tensor:
-        """The hidden states [1, seq_len, hidden] that the first block gets for ``row`` [1, seq_len]."""
-        for stub in stubs:
-            stub.record, stub.got = record, None  # type: ignore[assignment]
-        try:
-            body(input_ids=row, use_cache=False)
-        except _Indexed:
+        self, body: nn.Module, stubs: nn.ModuleList, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """The hidden states [rows, seq_len, hidden] that the first block gets for ``rows`` [rows, seq_len], and what
+        every block gets besides."""
+        for returned in dict.fromkeys([self.returned, *RETURNED]):
+            calls: list[Any] = []
             for stub in stubs:
-                stub.packed = True  # type: ignore[assignment]
-            if record is not None:
-                record.calls.clear()
-            body(input_ids=row, use_cache=False)
-        got = stubs[0].got
-        if not isinstance(got, torch.Tensor):
-            raise DataError(f"{self.files.name}: its forward pass does not reach its first decoder block")
-        return got
+                stub.calls, stub.got, stub.returned = calls, None, returned  # type: ignore[assignment]
+            try:
+                body(input_ids=rows.to(self.device), use_cache=False)
+            except (_Indexed, ValueError, TypeError, AttributeError, IndexError) as error:
+                if returned == RETURNED[-1] or not calls:
+                    problem = first_line(error)
+                    raise DataError(
+                        f"{self.files.name}: its forward pass cannot be followed: {problem}"
+                    ) from error
+                continue
+            self.returned = returned
+            got = stubs[0].got
+            if not isinstance(got, torch.Tensor):
+                break
+            if any(_holds(call, stub.more) for call, stub in zip(calls[1:], stubs, strict=False)):
+                raise DataError(
+                    f"{self.files.name}: its decoder blocks hand on more than hidden states",
+                    hint="such an architecture cannot be quantized block by block",
+                )
+            return got, calls
+        raise DataError(f"{self.files.name}: its forward pass does not reach its first decoder block")
 
 
-class _Record:
-    """Calls in order. Tensors of equal content are kept once, however many blocks get a copy of their own."""
+def layers_of(files: ModelFiles, trust_remote_code: bool = False) -> Layers:
+    """The layers of a model, found once.
 
-    def __init__(self) -> None:
-        self.calls: list[BlockInputs] = []
-        self._kept: dict[tuple[Any, ...], list[torch.Tensor]] = {}
-
-    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append(BlockInputs(self._once(args), self._once(kwargs)))
-
-    def plain(self) -> list[Any]:
-        return [(call.args, call.kwargs) for call in self.calls]
-
-    def _once(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            same = self._kept.setdefault((value.shape, value.dtype, value.device), [])
-            for known in same:
-                if known is value or torch.equal(known, value):
-                    return known
-            same.append(value)
-        elif isinstance(value, dict):
-            return {key: self._once(part) for key, part in value.items()}
-        elif type(value) in (tuple, list):
-            return type(value)(self._once(part) for part in value)
-        return value
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two recorded calls agree in every tensor; things that are no tensors are not looked at."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return True
+    Raises:
+        DataError: as :class:`BlockwiseModel`.
+    """
+    if "layers" not in files.memo:
+        files.memo["layers"] = BlockwiseModel(files, "cpu", torch.float32, trust_remote_code).layers
+    found: Layers = files.memo["layers"]
+    return found
 
 
 class _Indexed(Exception):
     """The model takes the first element of what a block returns: its blocks return tuples."""
 
 
+# What blocks return: hidden states, or a tuple of them and so many other things.
+RETURNED = (None, 0, 1, 2)
+
+
+class _More:
+    """Stands for what a block returns besides hidden states; it is known again where it is handed on."""
+
+
 class _Stub(nn.Module):
-    """Stands for a block: records its call, keeps its input, and hands the hidden states on, ``packed`` in a tuple."""
+    """Stands for a block: records its call, keeps its input, and hands the hidden states on, in a tuple with
+    ``returned`` other things where that is a number."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.record: _Record | None = None
+        self.calls: list[Any] = []
         self.got: torch.Tensor | None = None
-        self.packed = False
+        self.returned: int | None = None
+        self.more = [_More() for _ in RETURNED]
         for name, value in vars(
             block
         ).items():  # what a model reads off its blocks (attention_type and the like)
@@ -239,9 +304,14 @@ class _Stub(nn.Module):
         if hidden_states.dim() < 3:
             raise _Indexed
         self.got = hidden_states.detach()
-        if self.record is not None:
-            self.record.add(args, kwargs)
-        return (hidden_states,) if self.packed else hidden_states
+        self.calls.append((args, kwargs))
+        return hidden_states if self.returned is None else (hidden_states, *self.more[: self.returned])
+
+
+def _holds(call: Any, things: Sequence[Any]) -> bool:
+    """Whether any of ``things`` is among the arguments of a call."""
+    args, kwargs = call
+    return any(value is thing for value in (*args, *kwargs.values()) for thing in things)
 
 
 def skeleton(files: ModelFiles, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -285,18 +355,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def refuse_blocks(model: nn.Module, blocks: nn.ModuleList, called: str) -> None:
-    """Refuse blocks that cannot be quantized as linears, or that look both ways.
+    """Refuse blocks without a layer to quantize, or that look both ways.
 
     Raises:
-        DataError: transposed layers (GPT-2's Conv1D), attention that is not causal, no linear at all.
+        DataError: attention that is not causal, no linear at all.
     """
     architecture = type(model).__name__
-    for name, module in blocks.named_modules():
-        if "Conv1D" in {c.__name__ for c in type(module).__mro__}:
-            raise DataError(
-                f"{called}: {architecture} keeps its layers transposed ({name} is a {type(module).__name__})",
-                hint="only architectures made of linear layers can be quantized; GPT-2 and its kin are not",
-            )
+    for module in blocks.modules():
         if getattr(module, "is_causal", True) is False:
             raise DataError(
                 f"{called}: the attention of {architecture} is not causal",
@@ -311,23 +376,19 @@ def run_block(
     hidden: torch.Tensor,
     call: BlockInputs,
     weights: Mapping[str, torch.Tensor] | None = None,
+    rows: slice | None = None,
 ) -> torch.Tensor:
     """One block on hidden states [rows, seq_len, hidden]; returns the same shape. ``weights``: other values for some
-    parameters, by their names in the block."""
+    parameters, by their names in the block. ``rows``: which of the recorded rows these are, for what is a row's own;
+    None for the first ones."""
+    args, kwargs = call.of(len(hidden), rows)
     if weights:
-        out = functional_call(block, dict(weights), (hidden, *call.args), call.kwargs)
+        out = functional_call(block, dict(weights), (hidden, *args), kwargs)
     else:
-        out = block(hidden, *call.args, **call.kwargs)
-    result = out[0] if isinstance(out, tuple) else out
+        out = block(hidden, *args, **kwargs)
+    result = out[0] if isinstance(out, tuple | list) else out
     assert isinstance(result, torch.Tensor)
     return result
-
-
-def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers inside a block that are quantized, by their name in it: not its routers."""
-    found = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    routed = has_experts(found)
-    return {name: module for name, module in found.items() if quantizable(name, routed)}
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -19,18 +19,16 @@ from quantlab.models.blockwise import BlockwiseModel
 
 
 @contextmanager
-def head(opened: BlockwiseModel, packed: bool = False) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def head(opened: BlockwiseModel) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """A function from the hidden states after the last block [rows, seq_len, hidden] to logits [rows, seq_len,
-    vocabulary]; gradients pass through it. Its weights are in memory until the context is left.
-
-    Args:
-        packed: whether the model's blocks return tuples.
+    vocabulary]; gradients pass through it. Its weights are in memory until the context is left. ``opened.inputs`` was
+    called before.
     """
     parent, _, leaf = opened.prefix.rpartition(".")
     body = opened.model.get_submodule(parent)
     get_input_embeddings: Any = opened.model.get_input_embeddings
     lookup = get_input_embeddings()
-    stubs = nn.ModuleList(_Given(block, packed) for block in opened.blocks)
+    stubs = nn.ModuleList(_Given(block) for block in opened.blocks)
     setattr(body, leaf, stubs)
     try:
         for name, module in opened.model.named_modules():
@@ -42,7 +40,7 @@ def head(opened: BlockwiseModel, packed: bool = False) -> Iterator[Callable[[tor
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             for stub in stubs:
-                stub.hidden = hidden  # type: ignore[assignment]
+                stub.returned = opened.as_returned(hidden)  # type: ignore[assignment]
             found = opened.model(inputs_embeds=hidden.detach(), use_cache=False).logits
             assert isinstance(found, torch.Tensor)
             return found
@@ -54,12 +52,11 @@ def head(opened: BlockwiseModel, packed: bool = False) -> Iterator[Callable[[tor
 
 
 class _Given(nn.Module):
-    """Stands for a block and returns ``hidden`` whatever it gets."""
+    """Stands for a block and returns ``returned`` whatever it gets."""
 
-    def __init__(self, block: nn.Module, packed: bool) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.hidden: torch.Tensor | None = None
-        self.packed = packed
+        self.returned: Any = None
         for name, value in vars(
             block
         ).items():  # what a model reads off its blocks (attention_type and the like)
@@ -67,4 +64,4 @@ class _Given(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.hidden,) if self.packed else self.hidden
+        return self.returned

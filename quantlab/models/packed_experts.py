@@ -9,8 +9,9 @@ So the model is loaded as a subclass that takes the experts apart before the lib
 (``experts.separate``): every expert is then a linear with the name it has on disk, and the ordinary kernels apply.
 The experts of a layer run one after the other; fast serving is vLLM's business.
 
-Left to transformers: unquantized models, and compressed-tensors, whose experts it dequantizes while it loads (right,
-but each weight then takes its full 2 or 4 bytes in memory).
+Left to transformers: unquantized models, and compressed-tensors where it merges experts, which it dequantizes while it
+loads (right, but each weight then takes its full 2 or 4 bytes in memory). Experts that the original's files hold as one
+tensor it looks for as one tensor in any format.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 from torch import nn
 
 from quantlab.models.blockwise import find_blocks, skeleton
-from quantlab.models.experts import merged, separate
+from quantlab.models.experts import merged, separate, taken_apart
 from quantlab.models.safetensors.files import ModelFiles, has_experts
 from quantlab.models.weight_names import Names, conversions
+from quantlab.registry.formats import FORMATS
 
 
 def separated(files: ModelFiles, dtype: Any, trust_remote_code: bool) -> tuple[type, dict[str, Any]] | None:
@@ -35,17 +37,23 @@ def separated(files: ModelFiles, dtype: Any, trust_remote_code: bool) -> tuple[t
         DataError: as :func:`quantlab.models.blockwise.skeleton` and :func:`quantlab.models.experts.separate`.
     """
     config = files.quantized
-    if config is None or config.get("quant_method") not in ("gptq", "awq"):
+    method = None if config is None else str(config.get("quant_method"))
+    if config is None or method not in ("gptq", "awq", "compressed-tensors"):
         return None
-    packed = {name.rpartition(".")[0] for name in files.tensors if name.endswith(".qweight")}
+    marks = tuple(f".{mark}" for mark in FORMATS[method].marks)
+    packed = {name.rpartition(".")[0] for name in files.tensors if name.endswith(marks)}
     if not has_experts(packed):
         return None
     model = skeleton(files, dtype, trust_remote_code)
-    if not merged(model):
+    found = merged(model)
+    if not found or method in taken_apart(type(module).__name__ for module in found.values()):
         return None
     renamings, converters = conversions(model, legacy=False)
+    if FORMATS[method].merges and any(_merges(name, converters) for name in found):
+        return None
     separate(model, converters)
-    names = Names(model, files.tensors, files.name, packed=packed)
+    shapes = {name: info.shape for name, info in files.tensors.items()}
+    names = Names(model, shapes, files.name, packed=packed)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     plain = [name for name in linear if names.on_disk(name) not in packed]
     settings = model.config
@@ -58,6 +66,12 @@ def separated(files: ModelFiles, dtype: Any, trust_remote_code: bool) -> tuple[t
         )
     }
     return _subclass(type(model), converters), {"config": settings, "key_mapping": mapping}
+
+
+def _merges(name: str, converters: list[Any]) -> bool:
+    """Whether transformers merges the experts of module ``name`` from files that have them one by one."""
+    targets = [p.lstrip("^").rstrip("$") for converter in converters for p in converter.target_patterns]
+    return any(f"{name}.down_proj".endswith(target) for target in targets)
 
 
 def _subclass(base: Any, converters: list[Any]) -> type:
@@ -80,6 +94,6 @@ def _told(config: Mapping[str, Any], plain: list[str], linear: list[str], prefix
         ]
         relative = dict.fromkeys(name.partition(".")[2] for name in inside)
         told |= {"modules_in_block_to_quantize": [list(relative)], "block_name_to_quantize": prefix}
-    else:
+    elif config["quant_method"] == "awq":
         told["modules_to_not_convert"] = plain
     return told

@@ -1,9 +1,8 @@
 """What a model must be before anything is done with it, told from configuration and headers (no torch).
 
 Every verb asks :func:`refuse_unusable` before heavy work, so that a model is refused at once, in one line, and in the
-same words by every method; quantizing also asks :func:`refuse_unfit`. Whether the weights are numbers takes a reading
-of all of them and is asked last: ``finite.refuse_nonfinite``.
-"""
+same words by every method. Whether the weights are numbers takes a reading of all of them and is asked last:
+``finite.refuse_nonfinite``."""
 
 from __future__ import annotations
 
@@ -54,21 +53,6 @@ def refuse_other_kinds(files: ModelFiles) -> None:
             f"{files.name}: {called} is a multimodal wrapper around a language model{shown}; these are not supported",
             hint="give the language model alone, saved as a causal language model of its own",
         )
-
-
-def refuse_unfit(files: ModelFiles) -> None:
-    """Refuse what cannot be quantized block by block.
-
-    Raises:
-        DataError: as :func:`refuse_other_kinds`, and experts that are one tensor.
-    """
-    refuse_other_kinds(files)
-    for name, tensor in files.tensors.items():
-        if len(tensor.shape) == 3 and re.search(r"expert|moe|mlp|ffn|feed_forward", name):
-            raise DataError(
-                f"{files.name}: {name} ({_called(files)}) holds all experts of a layer in one tensor",
-                hint="only models whose files hold each expert's matrices by themselves can be quantized",
-            )
 
 
 def _architectures(config: Any) -> list[str]:

@@ -21,7 +21,7 @@ Not covered: pairs of linears with different parents, or more than one linear be
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.models.blockwise import BlockInputs, BlockwiseModel, linears, run_block
+from quantlab.models.block_inputs import BlockInputs
+from quantlab.models.blockwise import BlockwiseModel, run_block
+from quantlab.models.layers import linears
 
 PROBE_ROWS, PROBE_TOKENS = 8, 16
 EXPONENTS = torch.tensor([-2.0, -1.0, 1.0, 2.0])
@@ -66,6 +68,19 @@ class ScaleFolds:
 
     norms: tuple[NormFold, ...] = ()
     pairs: tuple[LinearPair, ...] = ()
+
+    def without(self, fixed: Collection[str]) -> ScaleFolds:
+        """Those that change none of the parameters ``fixed``, by full name in the block."""
+        if not fixed:
+            return self
+
+        def free(*modules: str) -> bool:
+            return not any(f"{name}.{leaf}" in fixed for name in modules for leaf in ("weight", "bias"))
+
+        return ScaleFolds(
+            tuple(fold for fold in self.norms if free(fold.norm, *fold.layers, *fold.others)),
+            tuple(pair for pair in self.pairs if free(pair.producer, pair.consumer)),
+        )
 
 
 def probe_inputs(opened: BlockwiseModel, rows: torch.Tensor) -> tuple[torch.Tensor, list[BlockInputs]]:

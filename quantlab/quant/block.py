@@ -52,13 +52,13 @@ class BlockView:
         """A layer's weight in float32 [out, in]."""
         return self.stored[name].detach().to(torch.float32)
 
-    def stack(self, moments: InputHessian) -> torch.Tensor:
-        """The layers of one input as one matrix [sum of out, in], float32: rows are solved independently."""
-        return torch.cat([self.stored[n].detach() for n in moments.layers]).to(torch.float32)
+    def stack(self, layers: Sequence[str]) -> torch.Tensor:
+        """Layers of one input as one matrix [sum of out, in], float32: rows are solved independently."""
+        return torch.cat([self.stored[n].detach() for n in layers]).to(torch.float32)
 
-    def rows(self, moments: InputHessian) -> list[int]:
+    def rows(self, layers: Sequence[str]) -> list[int]:
         """How many rows of :meth:`stack` belong to each layer."""
-        return [len(self.stored[n]) for n in moments.layers]
+        return [len(self.stored[n]) for n in layers]
 
 
 class BlockForward(Protocol):
@@ -80,8 +80,9 @@ class NormInput:
 
 @dataclass
 class BlockResult:
-    """``quantized``: by layer. ``replaced``: other tensors of the block that changed (folded norms), by full name
-    in the block. ``loss``: mean squared output error a token, by layer, in the original coordinates."""
+    """``quantized``: by layer. ``replaced``: other tensors of the block that changed (folded norms), by full name in
+    the block; weights of layers as [out, in]. ``loss``: mean squared output error a token, by layer, in the original
+    coordinates."""
 
     quantized: dict[str, Quantized] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from quantlab.models.activations import Activations
-from quantlab.models.blockwise import BlockInputs, batches, linears, run_block
+from quantlab.models.block_inputs import BlockInputs
+from quantlab.models.blockwise import batches, run_block
+from quantlab.models.layers import as_weight, linears, matrix
 from quantlab.models.scale_folding import ScaleFolds, signature, structure
 from quantlab.quant.block import BlockForward, BlockView, NormInput
 from quantlab.quant.hessian import InputHessian
@@ -41,7 +43,7 @@ def view(
     """The block as methods see it. ``found`` is its structure, where a method asks for one. ``kept`` gives a parameter
     of the block, by name, the dtype that it is stored in, where the block computes in another."""
     layers = linears(block)
-    stored = {name: layer.weight.detach() for name, layer in layers.items()}
+    stored = {name: matrix(layer).detach() for name, layer in layers.items()}
     if found is None:
         return BlockView(stored, moments, cache=cache, forward=forward)
     inputs = {}
@@ -80,7 +82,10 @@ class CalledBlock:
             yield self.states.read(part)
 
     def run(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        values = {f"{name}.weight": value.to(hidden.dtype) for name, value in weights.items()}
+        values = {
+            f"{name}.weight": as_weight(self.block.get_submodule(name), value.to(hidden.dtype))
+            for name, value in weights.items()
+        }
         return run_block(self.block, hidden, self.call, values)
 
 

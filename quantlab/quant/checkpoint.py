@@ -96,12 +96,12 @@ class CheckpointWriter:
     def write_block(
         self,
         index: int,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor | TensorInfo],
         loss: Mapping[str, float],
         keep: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Write one block's tensors (names relative to the block), then they count as done. ``keep`` are tensors to be
-        had again by :meth:`kept` after a kill, written before the block counts."""
+        """Write one block's tensors (names relative to the block; those in a file are copied), then they count as
+        done. ``keep`` are tensors to be had again by :meth:`kept` after a kill, written before the block counts."""
         named = {f"{self.prefix}.{index}.{n}": self._stored(n, t) for n, t in tensors.items()}
         losses = {f"{self.prefix}.{index}.{n}": v for n, v in loss.items()}
         self.losses.update(losses)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from quantlab.models.layers import matrix
 from quantlab.models.precision import bfloat16_operands
 
 CHUNK = 2048  # tokens converted to float32 at once
@@ -102,7 +103,7 @@ class Collector:
     with :class:`StopForward` at the one that came last.
     """
 
-    layers: Mapping[str, nn.Linear]
+    layers: Mapping[str, nn.Module]
     inputs_only: bool = False
     moments: dict[str, InputHessian] = field(default_factory=dict)  # by the first layer of each group
     leader: dict[str, str] = field(default_factory=dict)
@@ -159,5 +160,5 @@ class Collector:
         """The gathered statistics, one entry a distinct input."""
         for name, layer in self.layers.items():
             if name not in self.leader:
-                self.moments[name] = InputHessian.empty(name, layer.weight.shape[1], layer.weight.device)
+                self.moments[name] = InputHessian.empty(name, matrix(layer).shape[1], matrix(layer).device)
         return [m.finish() for m in self.moments.values()]

@@ -1,4 +1,5 @@
-"""What is asked of a quantization run, and what can be refused before it starts. Needs no torch."""
+"""What is asked of a quantization run, and what can be refused before it starts. torch is imported for the model's
+skeleton alone."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import DataError, MachineError, RecipeError
-from quantlab.models.refusals import refuse_unfit, refuse_unusable
+from quantlab.errors import DataError, MachineError
+from quantlab.models.refusals import refuse_unusable
 from quantlab.models.safetensors.files import ModelFiles, open_files
+from quantlab.quant.selection import Selection, select
 from quantlab.recipe.quantize import QuantizeRecipe
-from quantlab.registry.formats import common_group_sizes, fitting_widths, misfit
 from quantlab.registry.methods import METHODS
 
 HEADROOM = 64 * 2**20  # bytes of disk kept free beyond the estimate
@@ -41,11 +42,13 @@ class Outcome:
     widths: dict[str, Any] = field(default_factory=dict)
 
 
-def check(recipe: QuantizeRecipe, model: str | ModelFiles, out: Path | None = None) -> None:
-    """Refuse, from file headers alone, what cannot work. ``out`` is where the checkpoint would go.
+def check(
+    recipe: QuantizeRecipe, model: str | ModelFiles, out: Path | None = None, trust_remote_code: bool = False
+) -> None:
+    """Refuse, from configuration and headers alone, what cannot work. ``out`` is where the checkpoint would go.
 
     Raises:
-        RecipeError: a layer does not fit the recipe; names the layer, its inputs and the group sizes that work.
+        RecipeError: as :func:`quantlab.quant.selection.select`.
         DataError: the model's files are bad, it is of a kind that cannot be used (see ``models.refusals``), or it is
             quantized already. MachineError: too little disk.
     """
@@ -56,33 +59,25 @@ def check(recipe: QuantizeRecipe, model: str | ModelFiles, out: Path | None = No
     if files.quantized is not None:
         kind = files.quantized.get("quant_method", "some method")
         raise DataError(f"{files.name} is already quantized ({kind})", hint="give the original model")
-    if not METHODS[recipe.method].whole:
-        refuse_unfit(files)
     if out is not None:
         _check_disk(recipe, out, files)
-    if METHODS[recipe.method].whole:
-        return
-    linears = files.block_linears()
-    for name, (out_features, in_features) in linears.items():
-        if recipe.bits == "auto" and fitting_widths(
-            recipe.format, recipe.group_size, in_features, out_features
-        ):
-            continue
-        bits = recipe.widths[-1] if recipe.bits == "auto" else recipe.bits
-        reason = misfit(recipe.format, bits, recipe.group_size, in_features, out_features)
-        if reason is None:
-            continue
-        common = common_group_sizes({width for _, width in linears.values()})
-        hint = f"for every layer of this model: group_size {', '.join(map(str, common))}" if common else ""
-        raise RecipeError(f"{files.name}: layer {name} does not fit: {reason}", hint=hint)
+    if not METHODS[recipe.method].whole:
+        selection(recipe, files, trust_remote_code)
+
+
+def selection(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool = False) -> Selection:
+    """What a recipe does with the layers of a model. Imports torch."""
+    from quantlab.models.blockwise import layers_of
+
+    return select(recipe, layers_of(files, trust_remote_code), files.name)
 
 
 def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
-    """No less than the disk the work takes: scales and zeros generously, the rest as float32. With ``bits: auto`` every
-    width is kept until the widths are chosen."""
+    """No less than the disk the work takes, from headers alone: scales and zeros generously, the rest as float32.
+    With ``bits: auto`` every width is kept until the widths are chosen."""
     matrices = sum(a * b for a, b in files.block_linears().values())
     rest = sum(t.count for t in files.tensors.values()) - matrices
-    width = 2 if recipe.group_size == -1 else 2 + 24 / recipe.group_size
+    width = 2 if recipe.group_size == -1 else 2 + 24 / 16
     codes = recipe.average_bits + width
     if recipe.bits == "auto":
         codes += sum(b + width for b in recipe.widths)

@@ -23,9 +23,10 @@ from quantlab.errors import DataError, MachineError, RecipeError
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.progress import Progress
 from quantlab.quant.jobs import Job, Outcome, check, group_key
+from quantlab.quant.selection import select
 from quantlab.recipe.base import Calibration
 from quantlab.registry import load
-from quantlab.registry.formats import FORMATS
+from quantlab.registry.formats import FORMATS, Contents
 from quantlab.registry.methods import METHODS
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def quantize(
     chosen = settings or Settings(**changes)
     files = model if isinstance(model, ModelFiles) else open_files(model)
     for job in jobs:
-        check(job.recipe, files, job.out)
+        check(job.recipe, files, job.out, chosen.trust_remote_code)
     with _reloader(jobs, chosen) as reloader:  # forked before there are locks that it could inherit
         changing = [job for job in jobs if job.recipe.method != "none"]
         for job in changing:
@@ -354,7 +355,7 @@ def _choose_widths(group: _Group, job: Job, solved: Sequence[Plan], walk: Sequen
     found = [folds.of(i, block) for i, block in enumerate(opened.blocks)] if folds else []
     assert group.rows is not None and job.recipe.target_bits is not None
     return choose(
-        group.open_plans[job.name], solved, opened, group.files, group.rows, job.recipe.target_bits,
+        group.open_plans[job.name], solved, opened, group.rows, job.recipe.target_bits,
         group.probe, group.progress, found if "folds" in METHODS[job.recipe.method].needs else [],
     )  # fmt: skip
 
@@ -379,6 +380,8 @@ def _verify_and_publish(
             raise_if_failed(found, outcome.job.name, writer.fail())
         record = provenance_record(outcome.job, group.files, group.calibration, outcome.seconds)
         record |= {"shared_calibration": outcome.shared_calibration, "loss": outcome.loss}
+        record["experts_unread"] = one.plan.selection.experts_unread
+        record |= {"group_sizes": one.plan.selection.sizes(), "kept": dict(one.plan.selection.kept)}
         if outcome.widths:
             record["widths"] = outcome.widths
         if found is not None:
@@ -399,7 +402,8 @@ def _verifications(
     for one in finished:
         assert one.plan.probe is not None
         logits = group.probe.logits(one.plan.probe)
-        claims.append(Check(one.plan.writer.finished, logits, one.outcome.job.name))
+        apart = one.plan.selection.experts_unread
+        claims.append(Check(one.plan.writer.finished, logits, one.outcome.job.name, apart))
     with group.progress.task("reloading what was written"):
         return list(
             verify(
@@ -452,10 +456,11 @@ def make_plan(
     }
     writer = CheckpointWriter(job.out, opened.stored_prefix, len(opened.blocks), dtype, key, resume=resume)
     writer.exact = opened.exact
-    grid = Grid(max(recipe.widths), recipe.group_size, recipe.symmetric, held.zero_min)
+    chosen = select(recipe, opened.layers, files.name)
+    grid = Grid(max(recipe.widths), chosen.usual_size(), recipe.symmetric, held.zero_min)
     propagate = recipe.propagate if recipe.needs_calibration else "original"
     options = recipe.options().model_dump()
-    return Plan(job.name, recipe.method, grid, recipe.format, writer, options, propagate)
+    return Plan(job.name, recipe.method, grid, recipe.format, writer, chosen, options, propagate)
 
 
 def plain_dtype(opened: BlockwiseModel) -> torch.dtype:
@@ -475,19 +480,25 @@ def assemble(
     """Write everything but the blocks. ``widths``: bits and group size of each linear, where they differ."""
     from quantlab.formats import format_module
 
-    inside = opened.stored_prefix + "."
+    inside = tuple(f"{opened.stored_prefix}.{index}." for index in range(len(opened.blocks)))
     plan.writer.write_rest({n: info for n, info in files.tensors.items() if not n.startswith(inside)})
-    recipe, held = job.recipe, FORMATS[job.recipe.format]
-    described = format_module(recipe.format).config(
-        widths or dict.fromkeys(files.block_linears(), (plan.grid.bits, recipe.group_size)),
+    recipe, held, names = job.recipe, FORMATS[job.recipe.format], opened.names
+    layers = dict(widths) if widths else plan.selection.stored()
+    aliases = {name: names.in_model(name) for name in layers if names.in_model(name) != name}
+    contents = Contents(
+        layers,
         bits=plan.grid.bits,
-        group_size=recipe.group_size,
+        group_size=plan.grid.group_size,
         symmetric=recipe.symmetric,
         options=plan.options,
         floating=METHODS[recipe.method].floating,
         quantizer=f"quantlab:{__version__}",
-        ignore=opened.kept(),
+        ignore=opened.left_out(layers),
+        kept=list(plan.selection.kept),
+        blocks=opened.prefix,
+        aliases=aliases,
     )
+    described = format_module(recipe.format).config(contents)
     config = {k: v for k, v in files.config.items() if k not in ("torch_dtype", "dtype")}
     config |= {"dtype": str(plan.writer.dtype).removeprefix("torch."), "quantization_config": described}
     plan.writer.assemble(files.path, config)

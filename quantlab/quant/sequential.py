@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,17 +23,21 @@ from torch import nn
 
 from quantlab.formats import format_module
 from quantlab.models.activations import Activations
-from quantlab.models.blockwise import BlockInputs, BlockwiseModel, batches, linears, run_block
+from quantlab.models.block_inputs import BlockInputs
+from quantlab.models.blockwise import BlockwiseModel, batches, run_block
+from quantlab.models.layers import as_weight, linears
 from quantlab.models.memory import trim
-from quantlab.models.scale_folding import PROBE_ROWS, PROBE_TOKENS
+from quantlab.models.safetensors.files import TensorInfo
+from quantlab.models.scale_folding import PROBE_ROWS, PROBE_TOKENS, ScaleFolds
 from quantlab.models.scaled import scaled_activations
 from quantlab.progress import Progress
-from quantlab.quant.block import BlockResult
+from quantlab.quant.block import BlockResult, BlockView
 from quantlab.quant.block_view import CalledBlock, KnownFolds, stored_buffers, view, weights_in_place
 from quantlab.quant.checkpoint import CheckpointWriter
 from quantlab.quant.grid import Grid, Quantized
 from quantlab.quant.hessian import Collector, InputHessian, StopForward
 from quantlab.quant.hessian_store import StatisticsStore
+from quantlab.quant.selection import Selection
 from quantlab.quant.verify.reference_logits import ReferencePass
 from quantlab.registry import load
 from quantlab.registry.formats import FORMATS
@@ -45,19 +49,30 @@ TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # calibration tokens in one forwa
 
 @dataclass
 class Plan:
-    """One recipe as the engine needs it. ``options`` go to the method as keyword arguments; ``seconds`` counts the
-    time spent on this plan alone, packing and writing included. ``probe`` [rows, tokens, hidden] are some hidden states
-    that are sent through the quantized blocks, so that the finished checkpoint can be held against them."""
+    """One recipe as the engine needs it. ``grid`` is that of most layers, ``selection`` says which layers are
+    quantized and how. ``options`` go to the method as keyword arguments; ``seconds`` counts the time spent on this
+    plan alone, packing and writing included. ``probe`` [rows, tokens, hidden] are some hidden states that are sent
+    through the quantized blocks, so that the finished checkpoint can be held against them."""
 
     name: str
     method: str
     grid: Grid
     layout: str
     writer: CheckpointWriter
+    selection: Selection
     options: Mapping[str, Any] = field(default_factory=dict)
     propagate: Literal["original", "quantized"] = "original"
     seconds: float = 0.0
     probe: torch.Tensor | None = None
+
+    def methods(self) -> set[str]:
+        """The plan's method, and those of single layers."""
+        return {self.method} | {width.method for width in self.selection.widths.values() if width.method}
+
+    def grid_of(self, name: str) -> Grid:
+        """The grid of a layer, by its name in the files."""
+        width = self.selection.widths[name]
+        return replace(self.grid, bits=width.bits, group_size=width.group_size)
 
 
 @dataclass
@@ -131,12 +146,17 @@ def open_pass(
             continue
         if first_states is None:
             first_states, walk.calls = opened.inputs(rows[:2])
+            if any(call.own for call in walk.calls):
+                walk.calls = opened.inputs(rows)[1]
         states = Activations.resume(folder, key or {}, device=opened.device) if folder else None
         if states is not None and states.step > first + 1:  # a plan joined that lacks earlier blocks
             states.remove()
             states = None
         if states is None:
-            shape = (*rows.shape, first_states.shape[-1])
+            shape = (
+                len(rows),
+                *first_states.shape[1:],
+            )  # [rows, seq_len, hidden], in some with streams between
             states = Activations.make(shape, first_states.dtype, spill=folder, device=opened.device, key=key)
             fresh.append(states)
         walk.streams.append(Stream(states, members, quantized))
@@ -245,7 +265,7 @@ class _Step:
         with collector:
             for part in batches(len(states), self._rows_at_once(states)):
                 with suppress(StopForward):
-                    out = run_block(self.block, states.read(part), self.walk.calls[self.index])
+                    out = run_block(self.block, states.read(part), self.walk.calls[self.index], rows=part)
                     if moves:
                         states.write(part, out)
                     del out
@@ -262,7 +282,8 @@ class _Step:
     def _advance(self, states: Activations) -> None:
         """Run states through the block, with the weights that it has now."""
         for part in batches(len(states), self._rows_at_once(states)):
-            states.write(part, run_block(self.block, states.read(part), self.walk.calls[self.index]))
+            out = run_block(self.block, states.read(part), self.walk.calls[self.index], rows=part)
+            states.write(part, out)
 
     def _rows_at_once(self, states: Activations) -> int:
         return 1 if self.walk.tight else max(1, TOKENS_AT_ONCE[self.opened.device.type] // states.shape[1])
@@ -277,40 +298,111 @@ class _Step:
         structures = self.walk.structures
         found = None
         if structures is not None and any("folds" in METHODS[p.method].needs for p in pending):
-            found = structures.of(self.index, self.block)
+            found = structures.of(self.index, self.block).without(self._fixed(pending))
         seen = view(self.block, moments, found, {} if len(groups) > 1 else None, self._as_stored, forward)
         for plans in groups.values():
             started = time.perf_counter()
             solved = load(METHODS[plans[0].method].solve or "")(
-                seen, [p.grid for p in plans], **plans[0].options
+                seen, [self._grids(p, "") for p in plans], **plans[0].options
             )
             for plan in plans:
                 plan.seconds += (time.perf_counter() - started) / len(plans)
             for plan in plans:
-                yield plan, solved.pop(0)
+                yield plan, self._overridden(plan, seen, solved.pop(0))
+
+    def _grids(self, plan: Plan, method: str) -> dict[str, Grid]:
+        """The grids of the block's layers, by name in it, that a plan quantizes by a ``method`` of their own, or, where
+        that is empty, by its method."""
+        found = {}
+        for name in linears(self.block):
+            stored = self.opened.names.on_disk(f"{self.opened.prefix}.{self.index}.{name}")
+            width = plan.selection.widths.get(stored)
+            if width is not None and width.method == method:
+                found[name] = plan.grid_of(stored)
+        return found
+
+    def _overridden(self, plan: Plan, seen: BlockView, result: BlockResult) -> BlockResult:
+        """The result with those layers that have a method of their own, as the plan's method left them: a scale that it
+        moved into them stays."""
+        for method in sorted(plan.methods() - {plan.method}):
+            grids = self._grids(plan, method)
+            if not grids:
+                continue
+            moved = {name: result.replaced.pop(f"{name}.weight", seen.stored[name]) for name in grids}
+            own = replace(seen, stored={**seen.stored, **moved}, structure=ScaleFolds(), cache=None)
+            options = METHODS[method].options().model_dump()
+            other = load(METHODS[method].solve or "")(own, [grids], **options)[0]
+            result.quantized |= other.quantized
+            result.loss |= other.loss
+        for name, module in linears(self.block).items():  # methods see every layer as [out, in]
+            if (key := f"{name}.weight") in result.replaced:
+                result.replaced[key] = as_weight(module, result.replaced[key])
+        return result
 
     def _write(self, plan: Plan, result: BlockResult) -> None:
         pack = format_module(plan.layout).pack
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor | TensorInfo] = {}
+        prefix, names = f"{self.opened.prefix}.{self.index}.", self.opened.names
+        split = self._split(plan, result)
         for name, parameter in list(self.block.named_parameters()) + stored_buffers(self.block):
             owner, _, leaf = name.rpartition(".")
+            if prefix + name in self.opened.names.computed:
+                continue
+            if prefix + name in names.parts and names.parts[prefix + name].parameter not in split:
+                continue
             if owner in result.quantized and leaf == "weight":
-                q = result.quantized[owner]
+                q, stored = result.quantized[owner], self._stored(owner)
+                grid = plan.grid_of(f"{self.opened.stored_prefix}.{self.index}.{stored}")
                 packed = pack(
                     q.codes, q.scales, q.zeros, q.group_of,
-                    bits=plan.grid.bits, group_size=plan.grid.group_size, symmetric=plan.grid.symmetric,
+                    bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric,
                 )  # fmt: skip
-                stored = self._stored(owner)
                 tensors.update({f"{stored}.{key}": value for key, value in packed.items()})
             else:
                 tensors[self._stored(name)] = result.replaced.get(name, parameter.detach())
         if FORMATS[plan.layout].unscaled:
             for name, channels in scaled_activations(self.block, self.opened.config.model_type).items():
                 tensors[self._stored(name)] = torch.ones(channels, dtype=plan.writer.dtype)
+        tensors |= self._carried(split)
         losses = {self._stored(n): v for n, v in result.loss.items()}
         plan.writer.write_block(
             self.index, tensors, losses, None if plan.probe is None else {"probe": plan.probe}
         )
+
+    def _fixed(self, plans: Sequence[Plan]) -> set[str]:
+        """Parameters of the block that the checkpoint holds in another form than the skeleton, so that no scale can be
+        moved into them: what is computed, and experts that one of the ``plans`` leaves in one tensor."""
+        prefix, names = f"{self.opened.prefix}.{self.index}.", self.opened.names
+        chosen = [{names.in_model(name) for name in plan.selection.widths} for plan in plans]
+        left = {
+            name
+            for name in names.parts
+            if name.startswith(prefix) and not all(name.rpartition(".")[0] in of for of in chosen)
+        }
+        return {name.removeprefix(prefix) for name in (*names.computed, *left)}
+
+    def _split(self, plan: Plan, result: BlockResult) -> set[str]:
+        """Tensors of the files, of all experts, in whose place each expert gets its own: where any is quantized."""
+        prefix, parts = f"{self.opened.prefix}.{self.index}.", self.opened.names.parts
+        mine = {name: part.parameter for name, part in parts.items() if name.startswith(prefix)}
+        if plan.layout in self.opened.layers.apart:
+            return set(mine.values())
+        return {
+            held
+            for name, held in mine.items()
+            if name.removeprefix(prefix).rpartition(".")[0] in result.quantized
+        }
+
+    def _carried(self, split: set[str]) -> dict[str, TensorInfo]:
+        """Tensors of the files that the skeleton has not, or has in another form: they stay as they are, but for those
+        that were ``split``."""
+        prefix = f"{self.opened.stored_prefix}.{self.index}."
+        known = set(self.opened.names.stored.values()) | split
+        return {
+            name.removeprefix(prefix): info
+            for name, info in self.opened.files.tensors.items()
+            if name.startswith(prefix) and name not in known
+        }
 
     def _as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A parameter of the block in the dtype that it is stored in."""
@@ -337,7 +429,8 @@ class _Step:
 
     def _solved_values(self, result: BlockResult) -> Iterator[tuple[str, torch.Tensor]]:
         for name, solved in result.quantized.items():
-            yield f"{name}.weight", solved.dequantize().to(self.opened.dtype)
+            layer = self.block.get_submodule(name)
+            yield f"{name}.weight", as_weight(layer, solved.dequantize().to(self.opened.dtype))
         yield from result.replaced.items()
 
     def _stored_values(self, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
@@ -349,12 +442,13 @@ class _Step:
             stored = self._stored(owner)
             if leaf == "weight" and f"{stored}.{suffixes[0]}" in tensors:
                 parts = {s: tensors[f"{stored}.{s}"] for s in suffixes if f"{stored}.{s}" in tensors}
-                bits = plan.grid.bits
+                grid = plan.grid_of(f"{self.opened.stored_prefix}.{self.index}.{stored}")
                 codes, scales, zeros, group_of = reader.unpack(
-                    parts, bits=bits, group_size=plan.grid.group_size
+                    parts, bits=grid.bits, group_size=grid.group_size
                 )
-                yield name, Quantized(codes, scales, zeros, group_of, bits).dequantize().to(self.opened.dtype)
-            else:
+                values = Quantized(codes, scales, zeros, group_of, grid.bits).dequantize()
+                yield name, as_weight(self.block.get_submodule(owner), values.to(self.opened.dtype))
+            elif f"{self.opened.prefix}.{self.index}.{name}" not in self.opened.names.computed:
                 yield name, tensors[self._stored(name)]
 
 

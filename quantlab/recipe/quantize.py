@@ -7,6 +7,7 @@ round-to-nearest was written in the belief that it does something. What methods 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -21,13 +22,15 @@ from pydantic import (
 from quantlab.recipe.base import BaseRecipe, Calibration
 from quantlab.registry.formats import FORMATS, GROUP_SIZES, PACKING
 from quantlab.registry.methods import METHODS, Options
+from quantlab.registry.strict import Strict
 
 GROUPS = (-1, *GROUP_SIZES)
 _GRID = ("bits", "group_size", "symmetric", "format")
 # Keys that only some methods have; every other key belongs to all.
 _KEYS: dict[str, frozenset[str]] = {
     name: frozenset(method.options.model_fields)
-    | (frozenset() if method.fixed else frozenset(_GRID))
+    | (frozenset() if method.fixed else frozenset({*_GRID, "overrides"}))
+    | (frozenset({"ignore"}) if method.solve else frozenset())
     | ({"calibration", "propagate", "target_bits"} if method.calibrated else frozenset())
     for name, method in METHODS.items()
 }
@@ -40,6 +43,16 @@ else:
     MethodName, FormatName = Literal[tuple(METHODS)], Literal[tuple(FORMATS)]
 
 
+class Override(Strict):
+    """What is different for some layers; what is left out is as the recipe has it."""
+
+    bits: Literal[2, 3, 4, 8, 16] | None = Field(
+        default=None, description="width of a code; 16: left as it is"
+    )
+    group_size: int | Literal["auto"] | None = Field(default=None, description="columns that share a scale")
+    method: str | None = Field(default=None, description="another method, with its own defaults")
+
+
 class _QuantizeRecipe(BaseRecipe):
     kind: Literal["quantize"] = "quantize"
     method: MethodName = Field(description="how weights are rounded")
@@ -49,8 +62,10 @@ class _QuantizeRecipe(BaseRecipe):
     target_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
         default=None, description="with `bits: auto`: average width over all weights"
     )
-    group_size: int = Field(
-        default=128, description="columns that share a scale: 16, 32, 64, 128, or -1 for per-channel scales"
+    group_size: int | Literal["auto"] = Field(
+        default=128,
+        description="columns that share a scale: 16, 32, 64, 128, or -1 for per-channel scales; auto, and left out: "
+        "the largest of 128, 64, 32 that fits the model",
     )
     symmetric: bool = Field(
         default=True, description="zero in the middle of the grid; awq: false unless named"
@@ -60,6 +75,14 @@ class _QuantizeRecipe(BaseRecipe):
     )
     format: FormatName = Field(
         default="gptq", description="what the checkpoint is written in; left out: as the method has it"
+    )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="layers that stay in 16 bits: names, ends of names, or `re:` and a regular expression",
+    )
+    overrides: dict[str, Override] = Field(
+        default_factory=dict,
+        description="layers, named as in `ignore`, with a `bits`, `group_size` or `method` of their own",
     )
     calibration: Calibration = Field(
         default=Calibration(), description="text that the Hessians are gathered from"
@@ -104,18 +127,20 @@ class _QuantizeRecipe(BaseRecipe):
         filled.setdefault("format", next(iter([*fitting, *mixed]), method.formats[-1]))
         held = FORMATS.get(str(filled["format"]))
         filled.setdefault("symmetric", method.symmetric or not (held is None or held.asymmetric))
+        filled.setdefault("group_size", "auto")
         return filled
 
     @model_validator(mode="after")
     def _format_holds_it(self) -> Self:
         name = self.method
+        self._patterns_compile()
         if METHODS[name].fixed:
             self.options()
             return self
         if self.bits == 16:
             raise ValueError(f"@bits: {name} stores 2, 3, 4 or 8 bits")
-        if self.group_size not in GROUPS:
-            raise ValueError("@group_size: expected 16, 32, 64, 128, or -1 for per-channel scales")
+        if self.group_size not in (*GROUPS, "auto"):
+            raise ValueError("@group_size: expected auto, 16, 32, 64, 128, or -1 for per-channel scales")
         if self.format not in PACKING:
             raise ValueError(f"@format: {name} is written as {' or '.join(PACKING)}, not {self.format!r}")
         held = FORMATS[self.format]
@@ -149,6 +174,39 @@ class _QuantizeRecipe(BaseRecipe):
             )
         return self
 
+    def _patterns_compile(self) -> None:
+        for key, patterns in (("ignore", self.ignore), ("overrides", [*self.overrides])):
+            for pattern in patterns:
+                if not pattern.strip() or pattern == "re:":
+                    raise ValueError(f"@{key}: an empty name")
+                try:
+                    re.compile(pattern.removeprefix("re:"))
+                except re.error as error:
+                    raise ValueError(f"@{key}: {pattern!r} is no regular expression: {error}") from None
+        for pattern, change in self.overrides.items():
+            self._override_is_possible(pattern, change)
+
+    def _override_is_possible(self, pattern: str, change: Override) -> None:
+        where = f"@overrides: {pattern!r}:"
+        held = FORMATS[self.format]
+        if self.bits == "auto":
+            raise ValueError(f"{where} bits: auto chooses the widths itself; ignore leaves layers in 16 bits")
+        if change.bits not in (None, 16, *held.bits):
+            raise ValueError(
+                f"{where} the {self.format} format holds {', '.join(map(str, held.bits))} bits, not {change.bits}"
+            )
+        if change.group_size not in (None, "auto", *GROUPS):
+            raise ValueError(f"{where} group_size: expected auto, 16, 32, 64, 128, or -1")
+        others = [
+            name
+            for name, method in METHODS.items()
+            if method.solve and not method.fixed and method.needs <= METHODS[self.method].needs
+        ]
+        if change.method is not None and change.method not in others:
+            raise ValueError(
+                f"{where} method: expected {' or '.join(others)} beside {self.method}, not {change.method!r}"
+            )
+
     def options(self) -> Options:
         """The options that only this method has."""
         kind = METHODS[self.method].options
@@ -174,8 +232,15 @@ class _QuantizeRecipe(BaseRecipe):
                 "@target_bits: missing; bits: auto needs an average width between 2 and 8, as 3.5"
             )
 
+    def decides(self) -> dict[str, Any]:
+        """As of every recipe. `group_size: auto` is left out as the default is: where both can be applied to a model
+        they do the same, and where they do not, auto is settled to another number or 128 is refused."""
+        found = super().decides()
+        return {key: value for key, value in found.items() if (key, value) != ("group_size", "auto")}
+
     def unused(self) -> set[str]:
         silent = {"target_bits"} if self.target_bits is None else set()
+        silent |= {key for key in ("ignore", "overrides") if not getattr(self, key)}
         return set(_METHOD_KEYS - _KEYS[self.method]) | silent
 
     @property

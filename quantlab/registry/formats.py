@@ -8,10 +8,9 @@ A format's module (torch) offers, for one linear::
 
 with the tensors that ``Format.tensors`` names, and for the checkpoint::
 
-    config(layers, *, bits, group_size, symmetric, options, floating, quantizer, ignore) -> dict
+    config(contents: Contents) -> dict
 
-``layers`` maps the full name of every quantized linear to its (bits, group_size), ``options`` are those of the method,
-``ignore`` names the linears that are left as they are; what comes back is the ``quantization_config``.
+which is the ``quantization_config``.
 
 A format that is not safetensors has ``export``: a function that is given the finished checkpoint with its parts in the
 form above, and writes files of its own in their place (see ``quant/export.py``).
@@ -19,12 +18,13 @@ form above, and writes files of its own in their place (see ``quant/export.py``)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 Entry = tuple[str, tuple[int, ...]]  # type as safetensors names it, shape
 GROUP_SIZES = (16, 32, 64, 128)
+TILE = 16  # outputs that aten::_convert_weight_to_int4pack_for_cpu takes at once
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,30 @@ class Readers:
     def text(self) -> str:
         """For the last lines of a run, and for cards."""
         return f"read by {', '.join(self.right)}" + (f"; NOT by {self.wrong}" if self.wrong else "")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, as far as its ``quantization_config`` says it.
+
+    layers: (bits, group_size) of every quantized linear, by its full name in the files. bits, group_size: of most.
+    options: the method's. floating: codes are 8-bit floating point numbers. quantizer: ``name:version``.
+    ignore: all linears that are left as they are, by their names in the skeleton and in the files.
+    kept: those of them that a recipe or their shape left out. blocks: the block list's name in the skeleton.
+    aliases: names of quantized linears in the skeleton, where readers that go by those find them under others.
+    """
+
+    layers: Mapping[str, tuple[int, int]]
+    bits: int
+    group_size: int
+    symmetric: bool
+    options: Mapping[str, Any]
+    floating: bool = False
+    quantizer: str = ""
+    ignore: Sequence[str] = ()
+    kept: Sequence[str] = ()
+    blocks: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 class Linear(NamedTuple):
@@ -68,15 +92,18 @@ class Format:
     zero_min: the smallest zero that it can store.
     ordered: whether it stores in which order columns were quantized.
     asymmetric: whether its readers take asymmetric grids.
-    mixed: whether its readers take a width for each layer.
+    mixed: whether its readers take a width for each layer. by_name: whether it leaves a layer of one name out in every
+        block or in none. unread: layers that transformers does not read in it, by their trait
+        (``models.layers.Trait``), and why.
     fits: why a linear of (bits, columns, rows) cannot be stored, or None; group sizes are looked at elsewhere.
     tensors: names, types and shapes of the tensors of a linear; the names are relative to it, the first one always
     there. marks: names of tensors that say that a linear is packed. own_dtype: ends of names of tensors whose type
     the format fixes, whatever the plain tensors are stored in. unscaled: it expects, beside some activations, scales
-    of its own that are all ones. readers, expert_readers: who reads it right, the second for mixtures of experts
-    (None: the same). requires: modules that must import to load a checkpoint. export: "module:function" that writes
-    files of its own. load: "module:function" that opens such files as a transformers model.
-    """
+    of its own that are all ones. readers, expert_readers: who reads it right, the second where experts are packed
+    that transformers alone does not read. merges: whether transformers merges packed experts. converts: whether it
+    reads the format where it computes other tensors from those in the files. requires: modules that must import to
+    load a checkpoint. export: "module:function" that writes files of its own. load: "module:function" that opens such
+    files as a transformers model."""
 
     about: str
     readers: Readers
@@ -86,12 +113,16 @@ class Format:
     ordered: bool = False
     asymmetric: bool = False
     mixed: bool = False
+    by_name: bool = False
+    unread: Mapping[str, str] = field(default_factory=dict)
     fits: Callable[[int, int, int], str | None] = _any_shape
     tensors: Callable[[Linear], dict[str, Entry]] = lambda linear: {}
     marks: tuple[str, ...] = ()
     own_dtype: tuple[str, ...] = ()
     unscaled: bool = False
     expert_readers: Readers | None = None
+    merges: bool = False
+    converts: bool = True
     requires: tuple[str, ...] = ()
     export: str | None = None
     load: str | None = None
@@ -113,11 +144,20 @@ def _whole_words(bits: int, features: int, what: str, step: int) -> str | None:
 
 def _gptq_fits(bits: int, columns: int, rows: int) -> str | None:
     step = 32 if bits == 3 else 32 // bits  # codes that fill whole packed words
-    return _whole_words(bits, rows, "outputs", step) or _whole_words(bits, columns, "inputs", step)
+    whole = _whole_words(bits, rows, "outputs", step) or _whole_words(bits, columns, "inputs", step)
+    return whole or (_whole_tiles(rows) if bits == 4 else None)
 
 
 def _awq_fits(bits: int, columns: int, rows: int) -> str | None:
-    return _whole_words(bits, rows, "outputs", 8)
+    return _whole_words(bits, rows, "outputs", 8) or _whole_tiles(rows)
+
+
+def _whole_tiles(rows: int) -> str | None:
+    return (
+        f"its {rows} outputs are not divisible by {TILE}, the tile of torch's int4 kernel"
+        if rows % TILE
+        else None
+    )
 
 
 def _gptq_tensors(linear: Linear) -> dict[str, Entry]:
@@ -158,6 +198,19 @@ _EXPERTS = Readers(
     "transformers alone, which starts the experts from random numbers and only warns",
 )
 
+# Where the files of the original hold all experts as one tensor, transformers looks for that and nothing else.
+_STACKED = Readers(
+    ("quantlab",),
+    ("quantlab",),
+    "transformers alone, which looks for one tensor of all experts, starts it from random numbers and only warns",
+)
+
+_READ = (
+    "transformers initialises it while it loads the model, and a packed layer has no weight to do that with"
+)
+_READ_BY_BLOCK = {"read by its block": _READ}
+_RUN = {"read when run": "its block looks at its weight when it runs, and a packed layer has none"}
+
 FORMATS: dict[str, Format] = {
     "none": Format(
         "the model's own files",
@@ -173,6 +226,13 @@ FORMATS: dict[str, Format] = {
         zero_min=1,  # zeros are stored less one
         ordered=True,
         asymmetric=True,
+        by_name=True,
+        unread=_READ_BY_BLOCK
+        | _RUN
+        | {
+            "subclass": "optimum passes over subclasses of nn.Linear",
+            "numbered": "optimum passes over layers that are called by a number",
+        },
         fits=_gptq_fits,
         tensors=_gptq_tensors,
         marks=("qweight",),
@@ -186,6 +246,7 @@ FORMATS: dict[str, Format] = {
         module="quantlab.formats.awq",
         bits=(4,),
         asymmetric=True,
+        unread=_READ_BY_BLOCK | _RUN | {"transposed": "readers of awq pass over transposed layers (Conv1D)"},
         fits=_awq_fits,
         tensors=_awq_tensors,
         marks=("qweight",),
@@ -200,7 +261,15 @@ FORMATS: dict[str, Format] = {
         module="quantlab.formats.compressed_tensors",
         bits=(2, 3, 4, 8),
         mixed=True,
+        unread=_READ_BY_BLOCK
+        | {
+            "transposed": "readers of compressed-tensors pass over transposed layers (Conv1D)",
+            "read by itself": _READ,
+        },
         tensors=_compressed_tensors,
+        expert_readers=_STACKED,
+        merges=True,
+        converts=False,
         marks=("weight_packed", "weight_scale"),
         requires=("compressed_tensors",),
     ),
@@ -215,14 +284,9 @@ PACKING: tuple[str, ...] = tuple(name for name, found in FORMATS.items() if foun
 
 
 def readers(format: str, *, experts: bool) -> Readers:
-    """Who reads a checkpoint of a ``format``; ``experts``: the model is a mixture of experts, stored packed."""
+    """Who reads a checkpoint of a ``format``; ``experts``: it holds packed experts that transformers does not read."""
     found = FORMATS[format]
     return (found.expert_readers if experts else None) or found.readers
-
-
-def transformers_reads(format: str, *, experts: bool) -> bool:
-    """Whether plain transformers reads it right."""
-    return "transformers" in readers(format, experts=experts).right
 
 
 def misfit(format: str, bits: int, group_size: int, in_features: int, out_features: int) -> str | None:

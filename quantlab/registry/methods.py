@@ -2,9 +2,11 @@
 
 A method that quantlab solves itself is a function on one decoder block::
 
-    def quantize_block(block: BlockView, grids: Sequence[Grid], **options) -> list[BlockResult]   # one per grid
+    def quantize_block(block: BlockView, grids: Sequence[Mapping[str, Grid]], **options) -> list[BlockResult]
 
-with the options of its recipe keys as plain arguments. One that a library applies to a whole model is a function::
+which gets, for each result that is wanted, the grids of the linears to quantize, by name in the block (others stay as
+they are), with the options of its recipe keys as plain arguments. One that a library applies to a whole model is a
+function::
 
     def quantize_model(name: str, target: Path, method: str, *, dtype, device, trust_remote_code, **options) -> None
 """

@@ -57,7 +57,7 @@ def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
         )
     if row is not None:
         parts += ["## Measured", _measured(row)]
-    who = readers(layout, experts=bool(made.get("experts")))
+    who = readers(layout, experts=bool(made.get("experts_unread", made.get("experts"))))
     install = f"```sh\npip install {' '.join(who.install)}\n```"
     parts += ["## Use", f"{who.text[0].upper()}{who.text[1:]}."]
     parts += [install, "```python\n" + _snippet(who) + "\n```"]
@@ -97,6 +97,14 @@ def _on(value: str, conditions: Sequence[str]) -> str:
 
 
 def _snippet(who: Readers) -> str:
+    if who.right[0] == "quantlab":
+        return "\n".join(
+            [
+                "from quantlab.models.load import load_model",
+                "",
+                'model = load_model(".").model  # this directory',
+            ]
+        )
     if "transformers" not in who.right:
         return "\n".join(
             ["from gptqmodel import GPTQModel", "", 'model = GPTQModel.load(".")  # this directory'],

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from quantlab.formats import format_module
 from quantlab.quant.grid import Grid, round_to_grid, storable_scales
+from quantlab.registry.formats import Contents
 
 pytest.importorskip("compressed_tensors")
 
@@ -32,7 +33,7 @@ def scheme_of(described: dict[str, Any], group: str = "group_0") -> Any:
 def described(layers: dict[str, tuple[int, int]], **more: Any) -> dict[str, Any]:
     bits, size = next(iter(layers.values()))
     settings = SETTINGS | {"symmetric": True, "ignore": ["lm_head"]} | more
-    found: dict[str, Any] = CT.config(layers, bits=bits, group_size=size, **settings)
+    found: dict[str, Any] = CT.config(Contents(layers, bits=bits, group_size=size, **settings))
     return found
 
 

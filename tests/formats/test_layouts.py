@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantlab.formats import bits, format_module
-from quantlab.registry.formats import FORMATS, PACKING, common_group_sizes, fitting_widths, misfit
+from quantlab.registry.formats import FORMATS, PACKING, Contents, common_group_sizes, fitting_widths, misfit
 
 
 @pytest.mark.parametrize("width", range(1, 9))
@@ -99,12 +99,12 @@ def test_gptq_names_what_it_leaves_in_the_blocks() -> None:
     layers = {f"model.layers.{i}.{part}": (4, 32) for i in (0, 11) for part in ("attn.q", "mlp.experts.3.up")}
     config = format_module("gptq").config
     settings = SETTINGS | {"bits": 4, "group_size": 32}
-    assert "modules_in_block_to_quantize" not in config(layers, ignore=["lm_head"], **settings)
+    assert "modules_in_block_to_quantize" not in config(Contents(layers, ignore=["lm_head"], **settings))
     routers = [f"model.layers.{i}.mlp.gate" for i in (0, 11)]
-    found = config(layers, ignore=["lm_head", *routers], **settings)
+    found = config(Contents(layers, ignore=["lm_head", *routers], **settings))
     assert found["modules_in_block_to_quantize"] == [["attn.q", "mlp.experts.3.up"]]
     with pytest.raises(ValueError, match="in every block or in none: mlp.gate"):
-        config(layers | {"model.layers.3.mlp.gate": (4, 32)}, ignore=routers, **settings)
+        config(Contents(layers | {"model.layers.3.mlp.gate": (4, 32)}, ignore=routers, **settings))
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
@@ -112,14 +112,14 @@ def test_layouts_of_one_width_refuse_several(name: str) -> None:
     settings = SETTINGS | {"bits": 4, "group_size": 32, "ignore": []}
     for odd in ((3, 32), (4, 64)):
         with pytest.raises(ValueError, match="one width"):
-            format_module(name).config({"a.0.b": (4, 32), "a.0.c": odd}, **settings)
+            format_module(name).config(Contents({"a.0.b": (4, 32), "a.0.c": odd}, **settings))
 
 
 def test_static_groups_are_in_place_for_readers() -> None:
     settings = SETTINGS | {"bits": 4, "group_size": 32, "ignore": []}
-    moved = format_module("gptq").config({"a.0.b": (4, 32)}, **settings)
+    moved = format_module("gptq").config(Contents({"a.0.b": (4, 32)}, **settings))
     in_place = settings | {"options": ORDERED | {"static_groups": True}}
-    static = format_module("gptq").config({"a.0.b": (4, 32)}, **in_place)
+    static = format_module("gptq").config(Contents({"a.0.b": (4, 32)}, **in_place))
     assert (moved["desc_act"], moved["static_groups"]) == (True, False)
     assert (static["desc_act"], static["static_groups"]) == (False, True)
 

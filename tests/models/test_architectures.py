@@ -16,15 +16,17 @@ from torch import nn
 
 from quantlab.errors import DataError
 from quantlab.formats import format_module
-from quantlab.models.blockwise import BlockwiseModel, _Record, linears, run_block
+from quantlab.models.block_inputs import PerRow, Repeated
+from quantlab.models.blockwise import BlockwiseModel, run_block
+from quantlab.models.layers import linears
 from quantlab.models.load import load_model
-from quantlab.models.refusals import refuse_unfit
+from quantlab.models.refusals import refuse_other_kinds
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
 from tests.conftest import WORDS, byte_tokenizer
-from tests.models.tiny_architectures import ARCHITECTURES, COMMON, GROUPED, MIXTURES, write_architecture
+from tests.models.tiny_architectures import ARCHITECTURES, MIXTURES, write_architecture
 
 IDS = torch.randint(1, 257, (3, 24), generator=torch.Generator().manual_seed(1))
 SEPARATORS = ("qweight", "weight_packed", "weight_scale")
@@ -74,9 +76,10 @@ def test_block_by_block_is_the_whole_model(saved: Any, name: str) -> None:
     with torch.no_grad():
         for index in range(len(opened.blocks)):
             block = opened.block(index)
-            packed = isinstance(block(hidden[:1], *calls[index].args, **calls[index].kwargs), tuple)
+            args, keys = calls[index].of(1)
+            packed = isinstance(block(hidden[:1], *args, **keys), tuple)
             hidden = torch.cat(
-                [run_block(block, hidden[p], calls[index]) for p in (slice(0, 2), slice(2, 3))]
+                [run_block(block, hidden[p], calls[index], rows=p) for p in (slice(0, 2), slice(2, 3))]
             )
             opened.empty(block)
         assert all(p.device.type == "meta" for p in opened.model.parameters())
@@ -122,7 +125,7 @@ def test_names_go_to_the_files_and_back(saved: Any, name: str) -> None:
         assert isinstance(opened.model.get_submodule(module), nn.Linear)
         assert opened.names.on_disk(f"{module}.qweight") == f"{stored}.qweight"
         assert opened.names.in_model(f"{stored}.g_idx") == f"{module}.g_idx"
-    kept = opened.kept()
+    kept = opened.left_out(files.block_linears())
     assert "lm_head" in kept and not set(kept) & set(files.block_linears())
 
 
@@ -132,9 +135,9 @@ def test_names_that_differ(saved: Any) -> None:
         "model.layers.1.block_sparse_moe.experts.2.w3.qweight"
     )
     opened = BlockwiseModel(open_files(saved("gpt_neox")), "cpu", torch.float32)
-    assert {"lm_head", "embed_out"} <= set(opened.kept())
+    assert {"lm_head", "embed_out"} <= set(opened.left_out(opened.layers.shapes))
     opened = BlockwiseModel(open_files(saved("qwen2_moe")), "cpu", torch.float32)
-    assert "model.layers.0.mlp.shared_expert_gate" in opened.kept()
+    assert "model.layers.0.mlp.shared_expert_gate" in opened.layers.kept
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -157,8 +160,9 @@ def test_experts_apart_compute_what_they_do_merged(saved: Any, name: str) -> Non
     assert {n for key, n in seen.items() if key.startswith("0.")} == {5}
 
 
-def test_experts_of_another_kind_are_refused(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An architecture whose experts limit their gate looks the same by its parameters; its miniature gives it away."""
+def test_experts_of_another_kind_stay_as_they_are(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An architecture whose experts limit their output looks the same by its parameters; its miniature gives it
+    away."""
     from transformers.models.mixtral import modeling_mixtral
 
     original = modeling_mixtral.MixtralExperts.forward
@@ -167,25 +171,23 @@ def test_experts_of_another_kind_are_refused(saved: Any, monkeypatch: pytest.Mon
         return original(self, hidden_states, *args).clamp(-1, 1)
 
     monkeypatch.setattr(modeling_mixtral.MixtralExperts, "forward", limited)
-    with pytest.raises(DataError, match="experts"):
-        BlockwiseModel(open_files(saved("mixtral")), "cpu", torch.float32)
+    layers = BlockwiseModel(open_files(saved("mixtral")), "cpu", torch.float32).layers
+    assert not layers.experts and not layers.merged and layers.computed
+    assert "one tensor" in layers.kept["model.layers.0.block_sparse_moe.experts"]
 
 
 def test_calls_share_their_tensors(saved: Any) -> None:
-    """Six blocks of two kinds hold two masks, not six, nor one for every row; copies of equal content are kept once."""
+    """Two blocks of two kinds hold a mask each, not one for every row; copies of equal content are kept once."""
     opened = BlockwiseModel(open_files(saved("gemma2")), "cpu", torch.float32)
     _, calls = opened.inputs(IDS)
     masks = [c.kwargs["attention_mask"] for c in calls]
-    assert all(m is None or len(m) == 1 for m in masks) and masks[0] is not None
-    record = _Record()
-    for _ in range(6):
-        record.add((), {"mask": torch.ones(1, 1, 5, 5), "tables": (torch.zeros(3), torch.zeros(3) + 0)})
-    kept = {id(call.kwargs["mask"]) for call in record.calls}
-    kept |= {id(table) for call in record.calls for table in call.kwargs["tables"]}
-    assert len(kept) == 2
+    assert masks[0] is not None and all(m is None or len(m.one) == 1 for m in masks)
+    tables = [c.kwargs["position_embeddings"] for c in opened.inputs(IDS)[1]]
+    held = {id(t.one if isinstance(t, Repeated) else t) for pair in tables for t in pair}
+    assert len(held) <= 2
 
 
-def test_calls_that_depend_on_the_tokens_are_refused(saved: Any) -> None:
+def test_calls_that_depend_on_the_tokens(saved: Any) -> None:
     opened = BlockwiseModel(open_files(saved("llama")), "cpu", torch.float32)
     body = opened.model.get_submodule("model")
     plain = body.forward
@@ -194,9 +196,17 @@ def test_calls_that_depend_on_the_tokens_are_refused(saved: Any) -> None:
         return plain(input_ids, use_cache=use_cache, extra=input_ids * 2)
 
     body.forward = own  # type: ignore[method-assign]
+    _, calls = opened.inputs(IDS)  # each row its own: kept for all of them, and handed out with them
+    extra = calls[1].kwargs["extra"]
+    assert isinstance(extra, PerRow) and torch.equal(extra.values, IDS * 2)
+    assert torch.equal(calls[1].of(2, slice(1, 3))[1]["extra"], IDS[1:] * 2)
+
+    def entangled(input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return plain(input_ids, use_cache=use_cache, extra=input_ids.sum(dim=0))
+
+    body.forward = entangled  # type: ignore[method-assign]
     with pytest.raises(DataError, match="more than hidden states"):
         opened.inputs(IDS)
-    opened.inputs(IDS[:1])  # one row cannot tell
 
 
 def test_a_missing_tensor_is_found_at_once(saved: Any, tmp_path: Path) -> None:
@@ -213,32 +223,14 @@ def test_a_missing_tensor_is_found_at_once(saved: Any, tmp_path: Path) -> None:
         load_model(model, device="cpu")
 
 
-REFUSED = {
-    "gpt2": ("GPT2Config", {"vocab_size": 257, "n_embd": 64, "n_layer": 2, "n_head": 2}, "GPT2LMHeadModel.*Conv1D"),
-    "bert": ("BertConfig", {"vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 2}, "not causal"),
-    "granitemoe": (
-        "GraniteMoeConfig",
-        COMMON | GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
-        "all experts of a layer in one tensor",
-    ),
-    "gpt_oss": (
-        "GptOssConfig",
-        COMMON | GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
-        "all experts of a layer in one tensor",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_unfit_architectures_are_refused(tmp_path: Path, name: str) -> None:
+def test_attention_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     import transformers
 
-    kind, arguments, message = REFUSED[name]
-    if name == "bert":
-        arguments = arguments | {"num_attention_heads": 4, "intermediate_size": 128}
-    config = getattr(transformers, kind)(**arguments)
+    config = transformers.BertConfig(
+        vocab_size=257, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match="not causal"):
         BlockwiseModel(open_files(tmp_path), "cpu", torch.float32)
 
 
@@ -257,7 +249,7 @@ def test_other_heads_are_refused_from_the_configuration(
     config = json.loads((model / "config.json").read_text()) | change
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=message):
-        refuse_unfit(open_files(model))
+        refuse_other_kinds(open_files(model))
     with pytest.raises(DataError, match=message):
         BlockwiseModel(open_files(model), "cpu", torch.float32)
 

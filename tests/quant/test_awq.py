@@ -30,7 +30,7 @@ def loss(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, clip:
 
 def test_search_pays_and_never_harms() -> None:
     weight, hessian, magnitude = outlier_problem()
-    scale, known = search_scales([weight], [hessian], magnitude, GRID)
+    scale, known = search_scales([weight], [hessian], magnitude, [GRID])
     plain = layer_loss(weight, round_to_grid(weight, GRID).dequantize(), hessian).item()
     scaled, clipped = loss(weight, hessian, scale, False), loss(weight, hessian, scale, True)
     assert known[0].sum().item() == pytest.approx(scaled, rel=1e-4)
@@ -41,7 +41,7 @@ def test_search_pays_and_never_harms() -> None:
 def test_no_layer_of_a_group_gets_worse() -> None:
     first, hessian, magnitude = outlier_problem()
     second = torch.randn(16, 64, generator=torch.Generator().manual_seed(9)) * torch.logspace(1, -1, 64)
-    scale, _ = search_scales([first, second], [hessian] * 2, magnitude, GRID)
+    scale, _ = search_scales([first, second], [hessian] * 2, magnitude, [GRID] * 2)
     for weight in (first, second):
         plain = layer_loss(weight, round_to_grid(weight, GRID).dequantize(), hessian).item()
         assert loss(weight, hessian, scale, False) <= plain
@@ -106,7 +106,8 @@ def block_view() -> BlockView:
 @pytest.mark.parametrize("width", [3, 4])
 def test_block_never_worse_than_rounding_in_any_layer(width: int, symmetric: bool) -> None:
     view, grid = block_view(), Grid(width, 32, symmetric, zero_min=1)
-    (awq,), (rtn,) = quantize_block(view, [grid]), round_block(view, [grid])
+    chosen = [dict.fromkeys(view.stored, grid)]
+    (awq,), (rtn,) = quantize_block(view, chosen), round_block(view, chosen)
     assert set(awq.loss) == set(view.stored)
     for name, value in awq.loss.items():
         assert value <= rtn.loss[name] * (1 + 1e-5), name
@@ -115,5 +116,6 @@ def test_block_never_worse_than_rounding_in_any_layer(width: int, symmetric: boo
 
 
 def test_without_scale_search_nothing_else_changes() -> None:
-    (result,) = quantize_block(block_view(), [GRID], scale_search=False)
+    view = block_view()
+    (result,) = quantize_block(view, [dict.fromkeys(view.stored, GRID)], scale_search=False)
     assert result.replaced == {}

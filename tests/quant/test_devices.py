@@ -119,7 +119,9 @@ GRIDS = [Grid(4, 32, True, 1), Grid(3, 32, False), Grid(8, -1, True)]
 def solved(
     name: str, options: dict[str, Any], place: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[BlockResult]:
-    return load(METHODS[name].solve or "")(block(place), GRIDS, **options)  # type: ignore[no-any-return]
+    view = block(place)
+    chosen = [dict.fromkeys(view.stored, grid) for grid in GRIDS]
+    return load(METHODS[name].solve or "")(view, chosen, **options)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -191,7 +193,9 @@ def test_every_layout_is_tried() -> None:
 
 def test_fp8_codes_are_stored_as_they_are() -> None:
     with fake_cuda():
-        (found,) = load(METHODS["fp8"].solve or "")(BlockView({"a": to_cuda(torch.randn(8, 32))}), GRIDS[:1])
+        (found,) = load(METHODS["fp8"].solve or "")(
+            BlockView({"a": to_cuda(torch.randn(8, 32))}), [{"a": GRIDS[0]}]
+        )
         q = found.quantized["a"]
         tensors = format_module("compressed-tensors").pack(
             q.codes, q.scales, q.zeros, q.group_of, bits=8, group_size=-1, symmetric=True

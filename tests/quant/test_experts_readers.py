@@ -15,7 +15,7 @@ from quantlab.progress import Silent
 from quantlab.quant.jobs import Job
 from quantlab.quant.pipeline import quantize
 from quantlab.recipe.quantize import QuantizeRecipe
-from quantlab.registry.formats import FORMATS, readers, transformers_reads
+from quantlab.registry.formats import FORMATS, readers
 from quantlab.report.model_card import write_model_card
 from tests.conftest import write_mixture
 
@@ -59,7 +59,8 @@ def test_asked_for_it_says_who_reads_it(mixture: Path, tmp_path: Path, format: s
     assert found["how"] == "separated" and found["passed"] and "from random numbers" in found["why"]
     said = card(tmp_path / "out")
     assert "NOT by transformers alone" in said and "AutoModelForCausalLM" not in said
-    assert not transformers_reads(format, experts=True) and transformers_reads(format, experts=False)
+    assert "transformers" not in readers(format, experts=True).right
+    assert "transformers" in readers(format, experts=False).right
 
 
 def test_every_layout_has_readers() -> None:

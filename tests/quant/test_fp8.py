@@ -77,7 +77,7 @@ def test_a_block_keeps_its_order_of_layers() -> None:
     from quantlab.quant.methods.fp8 import quantize_block
 
     stored = {name: torch.randn(4, 8) for name in ("b", "a")}
-    (result,) = quantize_block(BlockView(stored), [Grid(8, -1, True)])
+    (result,) = quantize_block(BlockView(stored), [dict.fromkeys(stored, Grid(8, -1, True))])
     assert list(result.quantized) == ["b", "a"] and not result.loss
     for name, weight in stored.items():
         assert torch.equal(result.quantized[name].codes.float(), solve_fp8(weight).codes.float())

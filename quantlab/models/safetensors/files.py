@@ -55,13 +55,15 @@ ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is; nothing of it is loaded. ``start``: its first byte in the file."""
+    """Where a tensor lies and what it is; nothing of it is loaded. ``start``: its first byte in the file. ``piece``: it
+    is one (its number) of so many equal pieces of the tensor ``name``."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int = 0
+    piece: tuple[int, int] | None = None
 
     @property
     def count(self) -> int:
@@ -71,16 +73,24 @@ class TensorInfo:
     def size_bytes(self) -> int:
         return self.count * DTYPE_BYTES[self.dtype]
 
+    def part(self, index: int) -> TensorInfo:
+        """One of the tensors that this one, [count, ...], is made of."""
+        one = math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
+        start = self.start + index * one
+        return TensorInfo(self.name, self.file, self.dtype, self.shape[1:], start, (index, self.shape[0]))
+
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checked model directory. ``name`` is how the user called it, ``found`` which of its files hold the weights."""
+    """A checked model directory. ``name`` is how the user called it, ``found`` which of its files hold the weights.
+    ``memo``: what others found out about the model, so that they find it once."""
 
     name: str
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     found: WeightFiles = field(default_factory=lambda: WeightFiles((), None, ()))
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def params(self) -> int:

@@ -170,13 +170,15 @@ def _span(info: TensorInfo) -> tuple[int, int]:
     span = offsets.get(info.name)
     if span is None or info.dtype not in DTYPES:
         raise DataError(f"{info.file} holds no tensor {info.name} of a type that can be read ({info.dtype})")
-    expected = math.prod(info.shape) * DTYPES[info.dtype].itemsize
+    number, pieces = info.piece or (0, 1)
+    size = math.prod(info.shape) * DTYPES[info.dtype].itemsize
+    expected = size * pieces
     if span[1] - span[0] != expected:
         raise DataError(
             f"{info.file}: {info.name} has {span[1] - span[0]} bytes, expected {expected}",
             hint="the file changed while it was in use",
         )
-    return span
+    return (span[0] + number * size, span[0] + (number + 1) * size) if info.piece else span
 
 
 @lru_cache(maxsize=256)

@@ -1,5 +1,5 @@
-"""How large a checkpoint will be, told from a model's headers alone (no torch): the tensors that each layout has for a
-linear, and the files they will lie in.
+"""How large a checkpoint will be, told from a model's headers and skeleton alone: the tensors that each layout has for
+a linear, and the files they will lie in.
 
 For ``out`` outputs, ``in`` inputs, ``b`` bits and ``G = in / group_size`` groups (1 for group size -1), in bits:
 
@@ -19,8 +19,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+from quantlab.models.blockwise import layers_of
 from quantlab.models.safetensors.files import ModelFiles, TensorInfo
 from quantlab.models.safetensors.header import Entry, file_bytes
+from quantlab.quant.jobs import selection
+from quantlab.quant.selection import Selection
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry.formats import FORMATS, Linear
 from quantlab.registry.methods import METHODS
@@ -35,16 +38,13 @@ def checkpoint_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
         return files.size_bytes
     if METHODS[recipe.method].whole:
         return file_bytes(_bitsandbytes(recipe, files))
+    chosen = selection(recipe, files)
     if recipe.bits != "auto":
-        return _packed_bytes(recipe, files, recipe.bits)
+        return _packed_bytes(recipe, files, chosen)
     low, high = min(recipe.widths), max(recipe.widths)
     share = (recipe.average_bits - low) / (high - low)  # the size is linear in the average width
-    return round((1 - share) * _packed_bytes(recipe, files, low) + share * _packed_bytes(recipe, files, high))
-
-
-def quantized_weights(files: ModelFiles) -> int:
-    """How many weights a recipe rounds: those of the linears in the blocks."""
-    return sum(a * b for a, b in files.block_linears().values())
+    sizes = [_packed_bytes(recipe, files, chosen.at(bits)) for bits in (low, high)]
+    return round((1 - share) * sizes[0] + share * sizes[1])
 
 
 def stored_float(files: ModelFiles, wish: str) -> str:
@@ -54,17 +54,18 @@ def stored_float(files: ModelFiles, wish: str) -> str:
     return "F16" if found == "F32" else found
 
 
-def _packed_bytes(recipe: QuantizeRecipe, files: ModelFiles, bits: int) -> int:
+def _packed_bytes(recipe: QuantizeRecipe, files: ModelFiles, chosen: Selection) -> int:
     """One file a block, and one for the rest."""
-    linears, prefix = files.block_linears(), files.block_prefix + "."
+    shapes, prefix = layers_of(files).shapes, files.block_prefix + "."
     plain = stored_float(files, recipe.dtype)
     parts: dict[str, dict[str, Entry]] = {}
     for name, info in files.tensors.items():
         part = parts.setdefault(_block_of(name, prefix), {})
         owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and owner in linears:
-            rows, columns = linears[owner]
-            groups = 1 if recipe.group_size == -1 else columns // recipe.group_size
+        if leaf == "weight" and owner in chosen.widths:
+            rows, columns = shapes[owner]
+            bits, size, _ = chosen.widths[owner]
+            groups = 1 if size == -1 else columns // size
             linear = Linear(rows, columns, bits, groups, plain, METHODS[recipe.method].floating)
             packed = FORMATS[recipe.format].tensors(linear)
             part.update({f"{owner}.{key}": entry for key, entry in packed.items()})

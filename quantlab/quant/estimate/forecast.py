@@ -1,5 +1,5 @@
-"""What a recipe will take, before it starts: bytes on disk, memory, seconds. From headers and measured rates (no
-torch).
+"""What a recipe will take, before it starts: bytes on disk, memory, seconds. From headers, the model's
+skeleton and measured rates.
 
 Size: see ``sizes``, exact but for ``bits: auto`` and bitsandbytes.
 
@@ -31,8 +31,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from quantlab.models.blockwise import layers_of
 from quantlab.models.safetensors.files import ModelFiles
-from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes, quantized_weights, stored_float
+from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes, stored_float
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry.methods import METHODS
 
@@ -143,7 +144,7 @@ def actual(size_bytes: int, memory_bytes: int, seconds: float) -> dict[str, Any]
 
 def _blocks(files: ModelFiles) -> list[_Block]:
     prefix = files.block_prefix + "."
-    linears = files.block_linears()
+    linears = layers_of(files).shapes
     groups: dict[str, dict[tuple[str, int, str], int]] = {}
     parameters: dict[str, int] = {}
     for name, info in files.tensors.items():
@@ -169,11 +170,12 @@ def _blocks(files: ModelFiles) -> list[_Block]:
 
 
 def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: MachineSpeed, shared: int) -> dict[str, float]:
-    blocks = _blocks(files)
     size = checkpoint_bytes(recipe, files)
     parts = {"reading and writing": (files.size_bytes / shared + size) / rates.disk}
     if METHODS[recipe.method].whole:
-        return parts | {"rounding": 12 * quantized_weights(files) / rates.elements}
+        rounded = sum(rows * columns for rows, columns in files.block_linears().values())
+        return parts | {"rounding": 12 * rounded / rates.elements}
+    blocks = _blocks(files)
     layers = [(columns, rows) for block in blocks for columns, rows in block.inputs]
     if recipe.needs_calibration:
         tokens = recipe.calibration.rows * recipe.calibration.seq_len

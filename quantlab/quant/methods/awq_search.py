@@ -32,7 +32,7 @@ def search_scales(
     weights: Sequence[torch.Tensor],
     hessians: Sequence[torch.Tensor],
     magnitude: torch.Tensor,
-    grid: Grid,
+    grids: Sequence[Grid],
     *,
     steps: int = 20,
     tie: torch.Tensor | None = None,
@@ -47,6 +47,7 @@ def search_scales(
         hessians: second moments of each one's input [in, in] (the same for all that share an input; those of the
             tokens routed to it for an expert).
         magnitude: mean absolute activation per channel [in].
+        grids: of each matrix.
         steps: how many alphas between 0 and 1. Every second one is tried, then the neighbours of the best.
         plain: the row loss of each matrix when it is rounded as it is, where that is known.
         tie: int64 [in], channels with the same number must share a scale (grouped-query attention);
@@ -63,7 +64,10 @@ def search_scales(
 
     def judged(scale: torch.Tensor) -> float:
         with bfloat16_operands(magnitude.device):
-            losses = [row_loss(w, scale, h, grid).sum().item() for w, h in zip(sample, hessians, strict=True)]
+            losses = [
+                row_loss(w, scale, h, grid).sum().item()
+                for w, h, grid in zip(sample, hessians, grids, strict=True)
+            ]
         return sum(loss / e for loss, e in zip(losses, energy, strict=True))
 
     unscaled = judged(ones)
@@ -92,9 +96,9 @@ def search_scales(
     attempt(kind, step - 1)
     attempt(kind, step + 1)
     if plain is None:
-        plain = [row_loss(w, ones, h, grid) for w, h in zip(weights, hessians, strict=True)]
+        plain = [row_loss(w, ones, h, grid) for w, h, grid in zip(weights, hessians, grids, strict=True)]
     for _, _, scale in sorted(ranked, key=lambda entry: entry[:2])[:TRIED]:
-        scaled = [row_loss(w, scale, h, grid) for w, h in zip(weights, hessians, strict=True)]
+        scaled = [row_loss(w, scale, h, grid) for w, h, grid in zip(weights, hessians, grids, strict=True)]
         if all(a.sum() <= b.sum() for a, b in zip(scaled, plain, strict=True)):
             return scale, scaled
     return ones, plain

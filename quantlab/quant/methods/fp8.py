@@ -10,7 +10,7 @@ needed to load the result. Not covered: FP8 activations, blocks smaller than a r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -39,15 +39,19 @@ def solve_fp8(weight: torch.Tensor) -> Quantized:
     return Quantized(codes, scales, zeros, group_of, 8)
 
 
-def quantize_block(block: BlockView, grids: Sequence[Grid]) -> list[BlockResult]:
-    """Every linear of a block. FP8 has one grid, so the grids only say how often it is asked for."""
+def quantize_block(block: BlockView, grids: Sequence[Mapping[str, Grid]]) -> list[BlockResult]:
+    """Every linear that a set of ``grids`` names; one result a set. FP8 has one grid, so nothing else is read of
+    them."""
     results = [BlockResult() for _ in grids]
     hessian = {name: m.hessian for m in block.moments if m.tokens for name in m.layers}
     for name in block.stored:
+        wanted = [result for chosen, result in zip(grids, results, strict=True) if name in chosen]
+        if not wanted:
+            continue
         weight = block.weight(name)
         quantized = solve_fp8(weight)
         loss = layer_loss(weight, quantized.dequantize(), hessian[name]).item() if name in hessian else None
-        for result in results:
+        for result in wanted:
             result.quantized[name] = quantized
             if loss is not None:
                 result.loss[name] = loss

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -394,37 +394,56 @@ def column_order(diagonal: torch.Tensor, width: int, act_order: ActOrder = False
 
 def quantize_block(
     block: BlockView,
-    grids: Sequence[Grid],
+    grids: Sequence[Mapping[str, Grid]],
     *,
     damp: float = 0.01,
     act_order: ActOrder = False,
     static_groups: bool = False,
 ) -> list[BlockResult]:
-    """Every linear of a block on every grid; layers of equal input, and grids of equal width, as one matrix."""
+    """Every linear that a set of ``grids`` names, on its grid; one result a set. Layers of equal input, and grids of
+    equal width, are solved as one matrix."""
     results = [BlockResult() for _ in grids]
     in_place = act_order is not True or static_groups
     for moments in block.moments:
-        weight, sizes = block.stack(moments), block.rows(moments)
-        columns = weight.shape[1]
-        widths = [grid.columns(columns) for grid in grids]
-        # Only ``act_order="group"`` orders differently for different widths; the kernel for GPUs takes one at a time.
-        together = act_order != "group" and nest(widths) and not available(weight.device)
-        for width in dict.fromkeys(widths[:1] if together else widths):
-            chosen = [i for i in range(len(grids)) if together or widths[i] == width]
-            key = ("gptq", moments.layers[0], damp, act_order, width if act_order == "group" else 0)
-            known = {} if block.cache is None else block.cache
-            if key not in known:
-                known[key] = prepare(moments.hessian, width=width, damp=damp, act_order=act_order)
-            solved = solve_many(
-                weight,
-                known[key],
-                [grids[i] for i in chosen],
-                in_place=in_place,
-                static_groups=static_groups,
-            )
-            for i, (whole, loss) in zip(chosen, solved, strict=True):
-                parts = zip(moments.layers, split(whole, sizes), loss.split(sizes), strict=True)
-                for name, part, share in parts:
-                    results[i].quantized[name] = part
-                    results[i].loss[name] = share.sum().item()
+        known = {} if block.cache is None else block.cache
+        for names, wanted in _alike(moments.layers, grids):
+            weight, sizes = block.stack(names), block.rows(names)
+            columns = weight.shape[1]
+            widths = [grid.columns(columns) for _, grid in wanted]
+            # Only ``act_order="group"`` orders differently for different widths; the kernel for GPUs takes one at a
+            # time.
+            together = act_order != "group" and nest(widths) and not available(weight.device)
+            for width in dict.fromkeys(widths[:1] if together else widths):
+                chosen = [one for one, own in zip(wanted, widths, strict=True) if together or own == width]
+                key = ("gptq", moments.layers[0], damp, act_order, width if act_order == "group" else 0)
+                if key not in known:
+                    known[key] = prepare(moments.hessian, width=width, damp=damp, act_order=act_order)
+                solved = solve_many(
+                    weight,
+                    known[key],
+                    [grid for _, grid in chosen],
+                    in_place=in_place,
+                    static_groups=static_groups,
+                )
+                for (i, _), (whole, loss) in zip(chosen, solved, strict=True):
+                    parts = zip(names, split(whole, sizes), loss.split(sizes), strict=True)
+                    for name, part, share in parts:
+                        results[i].quantized[name] = part
+                        results[i].loss[name] = share.sum().item()
     return results
+
+
+def _alike(
+    layers: Sequence[str], grids: Sequence[Mapping[str, Grid]]
+) -> list[tuple[tuple[str, ...], list[tuple[int, Grid]]]]:
+    """Layers of one input that are solved as one matrix, and for which results (by number) on which grids: those that
+    one set of grids gives the same grid."""
+    found: dict[tuple[str, ...], list[tuple[int, Grid]]] = {}
+    for number, chosen in enumerate(grids):
+        by_grid: dict[Grid, list[str]] = {}
+        for name in layers:
+            if name in chosen:
+                by_grid.setdefault(chosen[name], []).append(name)
+        for grid, names in by_grid.items():
+            found.setdefault(tuple(names), []).append((number, grid))
+    return list(found.items())

@@ -5,7 +5,7 @@ It needs no data; statistics, where they are there, only serve to report the lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,14 +18,16 @@ def solve_rtn(weight: torch.Tensor, grid: Grid) -> Quantized:
     return round_to_grid(weight.to(torch.float32), grid)
 
 
-def quantize_block(block: BlockView, grids: Sequence[Grid]) -> list[BlockResult]:
-    """Every linear of a block, rounded on every grid."""
+def quantize_block(block: BlockView, grids: Sequence[Mapping[str, Grid]]) -> list[BlockResult]:
+    """Every linear that a set of ``grids`` names, rounded on its grid; one result a set."""
     results = [BlockResult() for _ in grids]
     hessian = {name: m.hessian for m in block.moments if m.tokens for name in m.layers}
     for name in block.stored:
         weight = block.weight(name)
-        for grid, result in zip(grids, results, strict=True):
-            result.quantized[name] = solve_rtn(weight, grid)
+        for chosen, result in zip(grids, results, strict=True):
+            if name not in chosen:
+                continue
+            result.quantized[name] = solve_rtn(weight, chosen[name])
             if name in hessian:
                 rounded = result.quantized[name].dequantize()
                 result.loss[name] = layer_loss(weight, rounded, hessian[name]).item()

@@ -11,7 +11,7 @@ With AWQ a width decides on the scales that are folded into other layers, so lay
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from quantlab.errors import RecipeError
 from quantlab.formats import format_module
 from quantlab.models.blockwise import BlockwiseModel
-from quantlab.models.safetensors.files import ModelFiles
 from quantlab.models.scale_folding import ScaleFolds
 from quantlab.progress import Progress
 from quantlab.quant.block import BlockResult
@@ -43,7 +42,8 @@ def width_plans(plan: Plan, widths: Sequence[int], *, resume: bool) -> list[Plan
         writer = CheckpointWriter(folder, own.prefix, own.blocks, own.dtype, own.key, resume=resume)
         writer.exact = own.exact
         grid = replace(plan.grid, bits=bits)
-        found.append(replace(plan, name=f"{plan.name} at {bits} bits", grid=grid, writer=writer))
+        name, chosen = f"{plan.name} at {bits} bits", plan.selection.at(bits)
+        found.append(replace(plan, name=name, grid=grid, writer=writer, selection=chosen))
     return found
 
 
@@ -69,7 +69,6 @@ def choose(
     plan: Plan,
     solved: Sequence[Plan],
     opened: BlockwiseModel,
-    files: ModelFiles,
     rows: torch.Tensor,
     target_bits: float,
     probe: ReferencePass | None,
@@ -88,7 +87,7 @@ def choose(
     """
     with progress.task("measuring sensitivities", total=2 * len(opened.blocks)) as advance:
         measured = sensitivities(opened, rows[:ROWS, :SEQ_LEN], advance=advance)
-    layers, tied = _layers(plan, solved, opened, files, measured, structures)
+    layers, tied = _layers(plan, solved, opened, measured, structures)
     try:
         allocation = allocate(layers, target_bits, tied=tied)
     except BudgetError as error:
@@ -101,7 +100,8 @@ def choose(
     shown = ", ".join(f"{count} at {bits}" for bits, count in counts.items())
     progress.note(f"{plan.name}: {allocation.average_bits:.3f} bits on average; layers: {shown}")
     by_bits = {p.grid.bits: p for p in solved}
-    widths = {name: (bits, plan.grid.group_size) for name, bits in allocation.widths.items()}
+    sizes = {name: width.group_size for name, width in plan.selection.widths.items()}
+    widths = {name: (bits, sizes[name]) for name, bits in allocation.widths.items()}
     if probe is not None:
         plan.probe = probe.start()
     for index in range(len(opened.blocks)):
@@ -114,21 +114,22 @@ def _layers(
     plan: Plan,
     solved: Sequence[Plan],
     opened: BlockwiseModel,
-    files: ModelFiles,
     measured: Mapping[str, float],
     structures: Sequence[ScaleFolds],
 ) -> tuple[list[Layer], list[list[str]]]:
     """What is to be decided, and which layers must decide alike."""
     layers = []
-    for name, (out_features, in_features) in files.block_linears().items():
-        fitting = fitting_widths(plan.layout, plan.grid.group_size, in_features, out_features)
+    for name, width in plan.selection.widths.items():
+        out_features, in_features = opened.layers.shapes[name]
+        fitting = fitting_widths(plan.layout, width.group_size, in_features, out_features)
         loss = {p.grid.bits: p.writer.losses[name] for p in solved if p.grid.bits in fitting}
         layers.append(Layer(name, out_features * in_features, loss, measured[name]))
-    tied = []
+    tied: list[list[str]] = []
     for index, found in enumerate(structures):
         full = f"{opened.prefix}.{index}."
         groups = [list(fold.layers) for fold in found.norms] + [[p.producer, p.consumer] for p in found.pairs]
-        tied += [[opened.names.on_disk(full + name) for name in group] for group in groups]
+        named = [[opened.names.on_disk(full + name) for name in group] for group in groups]
+        tied += [kept for group in named if (kept := [n for n in group if n in plan.selection.widths])]
     return layers, tied
 
 
@@ -151,12 +152,13 @@ def _assemble(
         parts = {s: blocks[bits][f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in blocks[bits]}
         tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in parts.items()})
         loss[name] = by_bits[bits].writer.losses[prefix + name]
-        codes, scales, zeros, group_of = reader.unpack(parts, bits=bits, group_size=plan.grid.group_size)
+        size = plan.selection.widths[prefix + name].group_size
+        codes, scales, zeros, group_of = reader.unpack(parts, bits=bits, group_size=size)
         result.quantized[_inside(opened, index, prefix + name)] = Quantized(
             codes, scales, zeros, group_of, bits
         )
     packed = {f"{name}.{suffix}" for name in chosen for suffix in suffixes}
-    owners = _owners(folds)
+    owners = _owners(folds, result.quantized)
     for key in blocks[min(blocks)].keys() - packed:
         inside = _inside(opened, index, prefix + key)
         owner = owners.get(inside)
@@ -170,13 +172,22 @@ def _assemble(
         plan.writer.write_block(index, tensors, loss)
 
 
-def _owners(folds: ScaleFolds) -> dict[str, str]:
-    """By full name in the block: parameters that folding changes, and a layer whose width decided how."""
+def _owners(folds: ScaleFolds, quantized: Collection[str]) -> dict[str, str]:
+    """By full name in the block: parameters that folding changes, and a layer, of those that are ``quantized``, whose
+    width decided how."""
     found = {}
     for fold in folds.norms:
-        names = [f"{fold.norm}.weight", f"{fold.norm}.bias", *(f"{other}.weight" for other in fold.others)]
-        found.update(dict.fromkeys(names, fold.layers[0]))
-    found.update({f"{pair.producer}.bias": pair.producer for pair in folds.pairs})
+        layers = [name for name in fold.layers if name in quantized]
+        left = [name for name in fold.layers if name not in quantized]
+        names = [
+            f"{fold.norm}.weight",
+            f"{fold.norm}.bias",
+            *(f"{other}.weight" for other in (*fold.others, *left)),
+        ]
+        found.update(dict.fromkeys(names, layers[0]) if layers else {})
+    found.update(
+        {f"{pair.producer}.bias": pair.producer for pair in folds.pairs if pair.producer in quantized}
+    )
     return found
 
 

@@ -30,7 +30,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from quantlab.models.blockwise import BlockInputs, BlockwiseModel, linears, run_block
+from quantlab.models.block_inputs import BlockInputs
+from quantlab.models.blockwise import BlockwiseModel, run_block
+from quantlab.models.layers import linears, matrix
 from quantlab.models.lm_head import head
 
 ROWS, SEQ_LEN = 4, 256  # of the calibration rows, by default
@@ -57,7 +59,7 @@ def sensitivities(
         opened.empty(block)
         if advance is not None:
             advance(1)
-    with head(opened, probe.packed) as logits:
+    with head(opened) as logits:
         probe.score(logits, seed)
     found = {}
     for index, call in reversed(list(enumerate(calls))):
@@ -74,29 +76,20 @@ class Probe:
     """A few rows on their way through the model and back. BlockInputs ``forward`` for each block in order, ``score``
     once, and ``backward`` for each block in reverse order.
 
-    ``hidden`` [rows, seq_len, hidden]: what the first block gets. ``packed``: whether the blocks return tuples.
+    ``hidden`` [rows, seq_len, hidden]: what the first block gets.
     """
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.states = [hidden.detach()]  # before each block gone through, and after the last one
-        self.packed = False
         self._gradient: torch.Tensor | None = None  # of the states last in the list
 
     @torch.no_grad()
     def forward(self, block: nn.Module, call: BlockInputs) -> None:
         """Run the rows through the next block."""
-        out = [self._run(block, row[None], call) for row in self.states[-1]]
+        out = [
+            run_block(block, row[None], call, rows=slice(i, i + 1)) for i, row in enumerate(self.states[-1])
+        ]
         self.states.append(torch.cat(out))
-
-    def _run(self, block: nn.Module, hidden: torch.Tensor, call: BlockInputs) -> torch.Tensor:
-        def look(module: nn.Module, args: object, output: object) -> None:
-            self.packed = isinstance(output, tuple)
-
-        handle = block.register_forward_hook(look)
-        try:
-            return run_block(block, hidden, call)
-        finally:
-            handle.remove()
 
     def score(self, logits: Callable[[torch.Tensor], torch.Tensor], seed: int = 0) -> None:
         """Draw a label for every token from the predictions, and start the gradients of their log-probabilities.
@@ -134,10 +127,11 @@ class Probe:
         handles = [layer.register_forward_hook(_square(name, squares)) for name, layer in layers.items()]
         before = []
         try:
-            for row, behind in zip(states, gradient, strict=True):
+            for i, (row, behind) in enumerate(zip(states, gradient, strict=True)):
                 with torch.enable_grad():
                     leaf = row[None].clone().requires_grad_()
-                    before += torch.autograd.grad(run_block(block, leaf, call), leaf, behind[None])
+                    out = run_block(block, leaf, call, rows=slice(i, i + 1))
+                    before += torch.autograd.grad(out, leaf, behind[None])
         finally:
             for handle in handles:
                 handle.remove()
@@ -145,7 +139,7 @@ class Probe:
         if not torch.isfinite(self._gradient).all():
             raise ValueError("the model's gradients overflow: compute in float32 or bfloat16")
         tokens = states.shape[0] * states.shape[1]
-        found = {name: squares[name] / (2 * layers[name].out_features * tokens) for name in layers}
+        found = {name: squares[name] / (2 * len(matrix(layers[name])) * tokens) for name in layers}
         least = min((value for value in found.values() if value > 0), default=0.0)
         return {name: value or least for name, value in found.items()}
 

@@ -13,6 +13,7 @@ measure of what rounding does, by which a difference can be judged.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from quantlab.errors import DataError
 from quantlab.formats import format_module
 from quantlab.models.blockwise import BlockwiseModel, run_block
 from quantlab.models.experts import Experts
+from quantlab.models.layers import as_weight, is_layer
 from quantlab.models.lazy_weights import borrowed
 from quantlab.models.safetensors.files import ModelFiles, TensorInfo, open_files
 from quantlab.models.safetensors.tensors import read_rows, read_tensor
@@ -46,8 +48,8 @@ class FileWeights:
         self.opened, self.stored = opened, stored
 
     def whole(self, name: str) -> torch.Tensor | None:
-        info = self._info(name)
-        return None if info is None else self._plain(read_tensor(info))
+        held = self.opened.read(name)
+        return None if held is None else self._plain(held)
 
     def part(self, name: str, rows: slice) -> torch.Tensor | None:
         info = self._info(name)
@@ -77,7 +79,8 @@ class _SolvedWeights(FileWeights):
         inside = name.removeprefix(self.prefix)
         solved = self.result.quantized.get(inside.removesuffix(".weight"))
         if solved is not None and inside.endswith(".weight"):
-            return solved.dequantize().to(self.opened.device)
+            module = self.opened.model.get_submodule(name.removesuffix(".weight"))
+            return as_weight(module, solved.dequantize().to(self.opened.device))
         if inside in self.result.replaced:
             return self._plain(self.result.replaced[inside])
         return super().whole(name)
@@ -179,7 +182,7 @@ def _entering(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor])
     def before(linear: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (change(args[0]), *args[1:])
 
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    linears = [m for m in module.modules() if is_layer(m)]
     handles = [linear.register_forward_pre_hook(before) for linear in linears]
     try:
         yield
@@ -255,7 +258,8 @@ class _PackedWeights(FileWeights):
         parts = {key: read_tensor(info) for key, info in self.packed[held].items()}
         bits, group_size = width_of(self.config, owner, held)
         codes, scales, zeros, group_of = self.reader.unpack(parts, bits=bits, group_size=group_size)
-        return Quantized(codes, scales, zeros, group_of, bits).dequantize()
+        module = self.opened.model.get_submodule(owner)
+        return as_weight(module, Quantized(codes, scales, zeros, group_of, bits).dequantize())
 
     def part(self, name: str, rows: slice) -> torch.Tensor | None:
         held = self.opened.names.stored.get(name, "").removesuffix(".weight")
@@ -267,12 +271,18 @@ def width_of(config: Mapping[str, Any], *names: str) -> tuple[int, int]:
     groups = config.get("config_groups")
     if groups is None:
         return int(config["bits"]), int(config["group_size"])
-    chosen = [g for g in groups.values() if set(names) & set(g["targets"])]
+    chosen = [g for g in groups.values() if _targeted(g["targets"], names)]
     chosen += [g for g in groups.values() if "Linear" in g["targets"]]
     if not chosen:
         raise DataError(f"no group of the quantization_config is for {names[0]}")
     size = chosen[0]["weights"].get("group_size")
     return int(chosen[0]["weights"]["num_bits"]), -1 if size is None else int(size)
+
+
+def _targeted(targets: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a group is for a linear by its name, or by a regular expression (``re:``)."""
+    patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
+    return any(name in targets or any(re.match(p, name) for p in patterns) for name in names)
 
 
 class _Skeleton(BlockwiseModel):
@@ -290,42 +300,25 @@ class _Skeleton(BlockwiseModel):
 
 def _after_blocks(opened: BlockwiseModel, rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """The model's forward pass with ``hidden`` for what its blocks return."""
-    # blocks return a tensor, in older models a tuple of which the first is taken
-    for packed in (
-        False,
-        True,
-    ):
-        stand = [_Stand(hidden if i == 0 else None, packed) for i in range(len(opened.blocks))]
-        for block, one in zip(opened.blocks, stand, strict=True):
-            block.forward = one  # type: ignore[assignment]
-        try:
-            found = opened.model(input_ids=rows.to(opened.device), use_cache=False).logits
-        except _Indexed:
-            continue
-        finally:
-            for block in opened.blocks:
-                block.__dict__.pop("forward", None)
-        if found.dim() == 3 and len(found) == len(rows):
-            logits: torch.Tensor = found.to("cpu", torch.float32)
-            return logits
-    raise DataError(f"{opened.files.name}: its forward pass does not go through its decoder blocks once each")
-
-
-class _Indexed(Exception):
-    """A block's output was indexed: it should have been a tuple."""
+    for block in opened.blocks:
+        block.forward = _Stand(opened.as_returned(hidden))  # type: ignore[assignment]
+    try:
+        found = opened.model(input_ids=rows.to(opened.device), use_cache=False).logits
+    finally:
+        for block in opened.blocks:
+            block.__dict__.pop("forward", None)
+    logits: torch.Tensor = found.to("cpu", torch.float32)
+    return logits
 
 
 class _Stand:
-    """What a block is replaced by: the first one returns the given states, the others what they get."""
+    """What a block is replaced by: it returns what it is told, whatever it gets."""
 
-    def __init__(self, hidden: torch.Tensor | None, packed: bool) -> None:
-        self.hidden, self.packed = hidden, packed
+    def __init__(self, returned: Any) -> None:
+        self.returned = returned
 
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if hidden_states.dim() < 3:
-            raise _Indexed
-        out = hidden_states if self.hidden is None else self.hidden
-        return (out,) if self.packed else out
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.returned
 
 
 def probe_rows(rows: torch.Tensor | None, vocabulary: int, count: int = 2, tokens: int = 64) -> torch.Tensor:

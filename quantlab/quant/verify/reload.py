@@ -36,7 +36,7 @@ from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.models.safetensors.weight_files import own_format
 from quantlab.quant.verify import worker
 from quantlab.quant.verify.reference_logits import Expected
-from quantlab.registry.formats import FORMATS, transformers_reads
+from quantlab.registry.formats import FORMATS
 from quantlab.workers import Forked, can_fork, last_line, start, stopping
 
 IMPORTS = 2_000_000_000  # bytes that a process with transformers and its kernels holds before any weight, and to spare
@@ -90,11 +90,13 @@ class Verification:
 @dataclass(frozen=True)
 class Check:
     """A checkpoint (its directory may still have its temporary name) and the logits float32 [rows, tokens,
-    vocabulary] that it is to compute. ``label`` is what messages call it."""
+    vocabulary] that it is to compute. ``label`` is what messages call it; ``apart``: it holds packed experts that
+    transformers alone does not read."""
 
     checkpoint: Path
     expected: torch.Tensor
     label: str = ""
+    apart: bool = False
 
 
 @dataclass
@@ -135,7 +137,7 @@ def verify(
     Raises:
         MachineError: the process was killed, or took too long. QuantlabError: it could not load a checkpoint at all.
     """
-    hows = [_how(open_files(claim.checkpoint), memory_limit) for claim in claims]
+    hows = [_how(open_files(claim.checkpoint), memory_limit, claim.apart) for claim in claims]
     with ready if ready is not None else fresh_process(claims) as process:
         answers = _ask(process, claims, hows, rows, device, trust_remote_code, seconds)
     again = [
@@ -212,17 +214,15 @@ def _compare(claim: Check, answer: _Answer) -> Verification:
     )  # fmt: skip
 
 
-def _how(files: ModelFiles, memory_limit: int | None) -> tuple[str, str]:
+def _how(files: ModelFiles, memory_limit: int | None, apart: bool) -> tuple[str, str]:
     """How the checkpoint is to be loaded here, and why not with plain transformers."""
     needed = transformers_bytes(files)
     room = available() - IMPORTS if memory_limit is None else memory_limit
-    quantized = files.quantized or {}
-    plain = transformers_reads(str(quantized.get("quant_method", "none")), experts=files.has_experts)
     if own_format(files.config):
         return "own reader", "the format has files of its own"
-    if needed <= room and plain:
+    if needed <= room and not apart:
         return "transformers", ""
-    if needed <= room and not plain:
+    if needed <= room:
         return "separated", "plain transformers starts the experts of this layout from random numbers"
     limit = "of memory are free" if memory_limit is None else "are allowed by --memory-limit"
     return "streamed", f"transformers needs {needed / 1e9:.2f} GB, {max(room, 0) / 1e9:.2f} GB {limit}"
