@@ -159,6 +159,7 @@ def plan(
     memory_limit: MemoryLimit = None,
     overrides: Sets = None,
     device: Device = "auto",
+    trust_remote_code: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -170,7 +171,7 @@ def plan(
         from quantlab.commands.sizes import size_of
 
         limit = size_of(memory_limit, "--memory-limit")
-        options = Options(model, out, tuple(overrides or ()), device, limit)
+        options = Options(model, out, tuple(overrides or ()), device, limit, trust_remote_code)
         run(recipes, options, as_json=as_json)
 
 
@@ -330,11 +331,26 @@ def recipes(
 
 
 @app.command()
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Show what this machine can run, and why not."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="A model: what of it can be quantized, in which format, and who reads that."
+        ),
+    ] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what this machine can run, and why not; with --model, what can be done with a model."""
     from quantlab.commands.guard import guarded
 
     with guarded(debug=debug, as_json=as_json):
+        if model is not None:
+            from quantlab.commands.doctor_model import run as run_model
+
+            run_model(model, trust_remote_code=trust_remote_code, as_json=as_json)
+            return
         from quantlab.commands.doctor import run
 
         run(as_json=as_json)

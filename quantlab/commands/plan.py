@@ -1,8 +1,7 @@
 """`quantlab plan`: what recipes will take on a model, before anything starts: size, disk, memory, seconds.
 
-Nothing of the model is read but its headers. What would be refused is refused here too. The seconds rest on rates that
-are measured for a third of a second.
-"""
+Nothing of the model is read but its configuration and headers. What would be refused is refused here too. The seconds
+rest on rates that are measured for a third of a second."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from quantlab.commands.quantize import check_device, load_recipes
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.quant.estimate.checkpoint_size import stored_float
 from quantlab.quant.estimate.forecast import Forecast, MachineSpeed, together
-from quantlab.quant.pipeline import check
+from quantlab.quant.jobs import check, described
 from quantlab.recipe.quantize import QuantizeRecipe
 
 TORCH = {"BF16": "bfloat16", "F16": "float16"}
@@ -34,6 +33,7 @@ class Options:
     overrides: tuple[str, ...] = ()
     device: str = "auto"
     memory_limit: int | None = None
+    trust_remote_code: bool = False
 
 
 def run(names: Sequence[str], options: Options, *, as_json: bool = False) -> None:
@@ -53,9 +53,10 @@ def plan(
     """Forecasts of the recipes run together; ``rates`` are measured unless given."""
     check_device(options.device)
     files = open_model(options.model)
-    recipes = [(name, settle(recipe, files)) for name, recipe in recipes]
+    trust = options.trust_remote_code
+    recipes = [(name, settle(recipe, files, trust)) for name, recipe in recipes]
     for _, recipe in recipes:
-        check(recipe, files)
+        check(recipe, files, trust_remote_code=trust)
     device, free = _machine(options.device)
     measured = rates or _measure(device, files, options)
     plain = [recipe for _, recipe in recipes]
@@ -68,7 +69,9 @@ def plan(
         "params": files.params,
         "model_bytes": files.size_bytes,
         "device": device,
-        "recipes": [_row(name, recipe, one) for (name, recipe), one in zip(recipes, found, strict=True)],
+        "recipes": [
+            _row(name, recipe, one, files) for (name, recipe), one in zip(recipes, found, strict=True)
+        ],
         "seconds": round(seconds, 1),
         "memory_bytes": max((one.memory_bytes for one in found), default=0),
         "memory_free_bytes": free,
@@ -87,6 +90,8 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         rows.append((row["recipe"], _size(row["size_bytes"]), share, f"{row['bits_per_weight']:.2f}", *took))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    for row in summary["recipes"]:
+        text += [""] * bool(row["layers"]) + [f"{row['recipe']}: {line}" for line in row["layers"]]
     together = f"together: about {_time(summary['seconds'])} on {summary['device']}"
     text += ["", f"{together}, sharing calibration where it is the same"]
     for what in ("memory", "disk"):
@@ -96,9 +101,9 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     return text
 
 
-def _row(name: str, recipe: QuantizeRecipe, one: Forecast) -> dict[str, Any]:
-    said = {"method": recipe.method, "bits": recipe.bits, "format": recipe.format}
-    return {"recipe": Path(name).stem, **said, **one.record()}
+def _row(name: str, recipe: QuantizeRecipe, one: Forecast, files: ModelFiles) -> dict[str, Any]:
+    said: dict[str, Any] = {"method": recipe.method, "bits": recipe.bits, "format": recipe.format}
+    return {"recipe": Path(name).stem, **said, **one.record(), "layers": described(recipe, files)}
 
 
 def _machine(wish: str) -> tuple[str, int]:

@@ -36,6 +36,7 @@ from quantlab.models.safetensors.files import ModelFiles
 from quantlab.paths import slug
 from quantlab.progress import Progress, default_progress
 from quantlab.quant.checkpoint_paths import tidy
+from quantlab.quant.jobs import described
 from quantlab.quant.pipeline import Job, Outcome, Settings, check, quantize
 from quantlab.recipe.load import Recipe, find_recipe, load_recipe
 from quantlab.recipe.quantize import QuantizeRecipe, usable
@@ -149,10 +150,10 @@ def quantize_and_measure(
         progress.note(said)
     trust = options.trust_remote_code
     recipes = [(name, settle(recipe, files, trust)) for name, recipe in recipes]
-    for _, recipe in recipes:
-        check(
-            recipe, files, trust_remote_code=trust
-        )  # a misfit is the first thing to know, before what is in the way
+    for name, recipe in recipes:
+        # a misfit is the first thing to know, before what is in the way
+        check(recipe, files, trust_remote_code=trust)
+        _note_layers(name, recipe, files, progress)
     items = plan_items(recipes, options, files)
     for item in items:
         if item.solve and item.out is not None:
@@ -176,6 +177,14 @@ def quantize_and_measure(
         "shared_calibration": [i.work.name for i in items if i.outcome and i.outcome.shared_calibration],
         "skipped": [i.work.name for i in items if not i.solve and not i.measure],
     }
+
+
+def _note_layers(name: str, recipe: QuantizeRecipe, files: ModelFiles, progress: Progress) -> None:
+    """Say which layers stay in 16 bits, where any do, and a group size that was chosen and is not the usual one."""
+    said = described(recipe, files)
+    if len(said) > 1 or (said and "groups of 128" not in said[0] and recipe.group_size == "auto"):
+        for line in said:
+            progress.note(f"{name}: {line}")
 
 
 def check_device(device: str) -> None:
@@ -343,7 +352,7 @@ def _note_outcome(run: Run, item: Item) -> None:
 def _readers(item: Item) -> Readers:
     """Who reads an item's checkpoint."""
     made = provenance(item.out) if item.out is not None else {}
-    return readers(item.recipe.format, experts=bool(made.get("experts_unread")))
+    return readers(item.recipe.format, str(made.get("experts_unread") or ""))
 
 
 def calibration_name(made: Mapping[str, Any]) -> str | None:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from quantlab.errors import DataError, first_line
 from quantlab.models.block_inputs import BlockInputs, Dependent, record
 from quantlab.models.experts import merged, separate, taken_apart
-from quantlab.models.layers import Layers, is_layer, linears, matrix, traits
+from quantlab.models.layers import Layers, Trait, is_layer, linears, matrix, traits
 from quantlab.models.refusals import refuse_other_kinds
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.models.safetensors.tensors import read_tensor
@@ -122,36 +122,44 @@ class BlockwiseModel:
     def layers(self) -> Layers:
         """Which layers there are, by their names in the files."""
         inside = {f"{self.prefix}.{i}.{n}" for i, block in enumerate(self.blocks) for n in linears(block)}
-        odd = traits(self.model)
-        shapes, kept, experts, found, stacked = {}, {}, set(), {}, False
+        odd, names = traits(self.model), self.names
+        exact = getattr(self.model, "_keep_in_fp32_modules", None) or ()
+        shapes: dict[str, tuple[int, int]] = {}
+        kept: dict[str, str] = {}
+        found: dict[str, frozenset[Trait]] = {}
+        plain, experts = set(), set()
         for name, module in self.model.named_modules():
+            stored = names.on_disk(name)
             if not is_layer(module):
                 continue
-            stored = self.names.on_disk(name)
             if name not in inside:
-                outside = not name.startswith(self.prefix + ".")
-                kept[stored] = "outside the decoder blocks" if outside else "a router"
-                continue
-            if any(part in name for part in (getattr(self.model, "_keep_in_fp32_modules", None) or ())):
+                plain.add(stored)
+            elif any(part in name for part in exact):
                 kept[stored] = "transformers keeps it in float32"
-                continue
-            if f"{name}.weight" in self.names.computed:
+            elif f"{name}.weight" in names.computed:
                 kept[stored] = "transformers computes it from other tensors in the files"
-                continue
-            rows, columns = matrix(module).shape
-            shapes[stored] = (rows, columns)
-            if "experts" in name.split("."):
-                experts.add(stored)
-                stacked |= f"{name}.weight" in self.names.parts
-            if name in odd:
-                found[stored] = frozenset(odd[name])
-        for name in merged(self.model):
-            if name.startswith(self.prefix + "."):
-                kept[self.names.on_disk(name)] = "transformers takes all experts of a layer from one tensor"
+            else:
+                rows, columns = matrix(module).shape
+                shapes[stored] = (rows, columns)
+                found |= {stored: frozenset(odd[name])} if name in odd else {}
+                experts |= {stored} if "experts" in name.split(".") else set()
+        whole = {names.on_disk(n) for n in merged(self.model) if n.startswith(self.prefix + ".")}
+        kept |= dict.fromkeys(sorted(whole), "transformers takes all experts of a layer from one tensor")
         return Layers(
-            type(self.model).__name__, self.stored_prefix, len(self.blocks), shapes, kept, frozenset(experts),
-            self.merged, stacked, self._apart, bool(self.names.computed), found,
-        )  # fmt: skip
+            architecture=type(self.model).__name__,
+            prefix=self.stored_prefix,
+            blocks=len(self.blocks),
+            shapes=shapes,
+            kept=kept,
+            plain=frozenset(plain),
+            experts=frozenset(experts),
+            merged=self.merged,
+            stacked=bool(names.parts),
+            whole=frozenset(whole),
+            apart=self._apart,
+            computed=bool(names.computed),
+            traits=found,
+        )
 
     def left_out(self, chosen: Iterable[str]) -> list[str]:
         """The linears that stay as they are where ``chosen`` (names in the files) are quantized. By their names in the
@@ -251,6 +259,12 @@ class BlockwiseModel:
             got = stubs[0].got
             if not isinstance(got, torch.Tensor):
                 break
+            if got.shape[:2] != rows.shape:
+                raise DataError(
+                    f"{self.files.name}: its decoder blocks take hidden states {list(got.shape)} for {len(rows)} rows "
+                    f"of {rows.shape[1]} tokens",
+                    hint="such an architecture cannot be quantized block by block",
+                )
             if any(_holds(call, stub.more) for call, stub in zip(calls[1:], stubs, strict=False)):
                 raise DataError(
                     f"{self.files.name}: its decoder blocks hand on more than hidden states",
@@ -322,7 +336,9 @@ def skeleton(files: ModelFiles, dtype: torch.dtype, trust_remote_code: bool = Fa
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(files.path, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):

@@ -177,7 +177,10 @@ def separate(
     known: dict[type, Kind | None] = {}
     parts: dict[str, Part] = {}
     for name, module in merged(model).items():
-        stacked = f"{name}.down_proj" in plain
+        held = [f"{name}.{parameter}" in plain for parameter in module._parameters]
+        stacked = all(held)
+        if any(held) and not stacked:
+            continue
         roles = _roles(name, module, [] if stacked else list(converters))
         if type(module) not in known:
             kind = _kind(module)

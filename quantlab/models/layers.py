@@ -29,9 +29,11 @@ class Layers:
 
     architecture: the class of the model. prefix: of the list of decoder blocks. blocks: how many.
     shapes: (outputs, inputs) of the layers that can be quantized, all inside the blocks, in their order.
-    kept: other layers, and why they stay as they are. experts: layers in ``shapes`` that belong to experts.
-    merged: transformers merges the experts into one parameter while it loads them. stacked: the files hold them as one
-    tensor. apart: the quantization methods for which transformers takes experts apart all the same.
+    kept: what else is in the blocks and stays in 16 bits, and why. plain: layers that are never quantized (the head,
+    routers). experts: layers in ``shapes`` that belong to experts.
+    merged: transformers merges the experts into one parameter while it loads them. stacked: the files hold them as
+    one tensor. whole: modules whose experts stay one parameter. apart: the quantization methods for which
+    transformers takes experts apart all the same.
     computed: transformers computes other tensors too from those in the files.
     traits: of those layers in ``shapes`` that have any.
     """
@@ -41,9 +43,11 @@ class Layers:
     blocks: int
     shapes: Mapping[str, tuple[int, int]]
     kept: Mapping[str, str]
+    plain: frozenset[str] = frozenset()
     experts: frozenset[str] = frozenset()
     merged: bool = False
     stacked: bool = False
+    whole: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
     computed: bool = False
     traits: Mapping[str, frozenset[Trait]] = field(default_factory=dict)

@@ -47,6 +47,10 @@ def borrowed(model: nn.Module, weights: Weights, prefix: str = "") -> Iterator[N
                 type(module) is nn.Linear and 4 * module.weight.numel() > LARGE
             ):
                 module.forward = _Piecewise(module, weights, full)  # type: ignore[assignment]
+                if (
+                    type(module) is nn.Embedding
+                ):  # some models send token ids where its weight is: not to nowhere
+                    module._parameters["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
                 undo.append(lambda m=module: m.__dict__.pop("forward", None))
                 continue
             undo.append(module.register_forward_pre_hook(_fetch(weights, full, own)).remove)

@@ -274,7 +274,7 @@ def _row_maps(base: _Base, producer: str, consumer: str) -> Iterator[tuple[str, 
     """Guesses which row of ``producer`` feeds each column of ``consumer``, int64 [columns]."""
     given, taken = base.outputs[producer], base.inputs[consumer]
     rows, columns = given.shape[-1], taken.shape[-1]
-    if given.dim() == 3 and taken.shape[:2] == given.shape[:2] and len(given) >= 4:
+    if given.dim() == taken.dim() == 3 and taken.shape[:2] == given.shape[:2] and len(given) >= 4:
         where = {tuple(column): row for row, column in enumerate(given[:, 0].t().tolist())}
         found = [where.get(tuple(column)) for column in taken[:, 0].t().tolist()]
         matched = [row for row in found if row is not None]

@@ -55,6 +55,7 @@ class CheckpointWriter:
         self.exact: tuple[str, ...] = ()  # parts of the names of plain tensors that keep their dtype
         self.finished = self.work  # the directory that gets the checkpoint's name
         self.losses: dict[str, float] = {}
+        self.starved: dict[str, int] = {}  # experts with too few tokens: how many
         whole = {**key, "version": __version__, "dtype": str(dtype), "blocks": f"{prefix} x {blocks}"}
         refuse_second_writer(self.state)
         if resume and self.work.is_dir() and read_object(self.state / "resume.json") == whole:
@@ -63,6 +64,7 @@ class CheckpointWriter:
             for index in range(blocks):
                 if self.has_block(index):
                     self.losses.update(read_object(self._loss_file(index)) or {})
+                    self.starved.update(read_object(self._starved_file(index)) or {})
         else:
             for folder in (self.work, self.state):
                 if folder.exists():
@@ -85,6 +87,9 @@ class CheckpointWriter:
     def _loss_file(self, index: int) -> Path:
         return self.state / f"loss-{index:05d}.json"
 
+    def _starved_file(self, index: int) -> Path:
+        return self.state / f"starved-{index:05d}.json"
+
     def has_block(self, index: int) -> bool:
         """Whether the block is solved and safely written."""
         return self._block_file(index).is_file()
@@ -99,13 +104,19 @@ class CheckpointWriter:
         tensors: Mapping[str, torch.Tensor | TensorInfo],
         loss: Mapping[str, float],
         keep: Mapping[str, torch.Tensor] | None = None,
+        starved: Mapping[str, int] | None = None,
     ) -> None:
         """Write one block's tensors (names relative to the block; those in a file are copied), then they count as
-        done. ``keep`` are tensors to be had again by :meth:`kept` after a kill, written before the block counts."""
+        done. ``keep`` are tensors to be had again by :meth:`kept` after a kill, written before the block counts;
+        ``starved`` as :attr:`starved`."""
         named = {f"{self.prefix}.{index}.{n}": self._stored(n, t) for n, t in tensors.items()}
         losses = {f"{self.prefix}.{index}.{n}": v for n, v in loss.items()}
         self.losses.update(losses)
         atomic_write_text(self._loss_file(index), json.dumps(losses))
+        if starved:
+            few = {f"{self.prefix}.{index}.{n}": tokens for n, tokens in starved.items()}
+            self.starved.update(few)
+            atomic_write_text(self._starved_file(index), json.dumps(few))
         if keep:
             _write(self._kept_file(index), {name: in_memory(t) for name, t in keep.items()})
         _write(self._block_file(index), named)
@@ -183,13 +194,17 @@ class CheckpointWriter:
     def _kept_file(self, index: int) -> Path:
         return self.state / f"kept-{index:05d}.safetensors"
 
-    def _stored(self, name: str, tensor: torch.Tensor | TensorInfo) -> Source:
-        """A tensor as the checkpoint holds it: plain floats in its dtype, scales and codes in their own."""
-        dtype = DTYPES[tensor.dtype] if isinstance(tensor, TensorInfo) else tensor.dtype
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What the checkpoint holds a tensor of ``dtype`` in: plain floats in its own, scales and codes in theirs."""
         plain = (
             dtype in PLAIN and not name.endswith(OWN_DTYPE) and not any(part in name for part in self.exact)
         )
-        wanted = self.dtype if plain else dtype
+        return self.dtype if plain else dtype
+
+    def _stored(self, name: str, tensor: torch.Tensor | TensorInfo) -> Source:
+        """A tensor as the checkpoint holds it."""
+        dtype = DTYPES[tensor.dtype] if isinstance(tensor, TensorInfo) else tensor.dtype
+        wanted = self.dtype_of(name, dtype)
         return in_file(tensor, wanted) if isinstance(tensor, TensorInfo) else in_memory(tensor, wanted)
 
 

@@ -20,7 +20,8 @@ passes between two updates took twice as long.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -88,6 +89,40 @@ class InputHessian:
             self.magnitude /= self.tokens
         mirror(self.hessian)
         return self
+
+
+def fill_up(moments: Sequence[InputHessian]) -> dict[str, int]:
+    """Fill up the statistics of experts that saw fewer tokens than they have inputs with the mean of their kin, the
+    same linears of the layer's other experts: as if the missing tokens had been like theirs. A Hessian of n tokens
+    says nothing about all but n directions, and a solver is then free to put its errors there.
+
+    Args:
+        moments: finished, of one block; changed in place.
+
+    Returns:
+        How many tokens those experts saw, by the name of their first linear.
+    """
+    kinds: dict[str, list[InputHessian]] = {}
+    for one in moments:
+        if "experts" in one.layers[0].split("."):
+            kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", "." + one.layers[0]), []).append(one)
+    starved: dict[str, int] = {}
+    for kin in kinds.values():
+        total, needed = sum(one.tokens for one in kin), kin[0].hessian.shape[0]
+        few = [one for one in kin if one.tokens < needed]
+        if not few or not total:
+            continue
+        mean = InputHessian.empty("", needed, kin[0].hessian.device)
+        for one in kin:
+            mean.hessian.add_(one.hessian, alpha=one.tokens / total)
+            mean.magnitude.add_(one.magnitude, alpha=one.tokens / total)
+        for one in few:
+            own = one.tokens / needed
+            starved[one.layers[0]] = one.tokens
+            one.hessian.mul_(own).add_(mean.hessian, alpha=1 - own)
+            one.magnitude.mul_(own).add_(mean.magnitude, alpha=1 - own)
+            one.tokens = needed
+    return starved
 
 
 class StopForward(Exception):

@@ -11,9 +11,8 @@ from typing import Any
 from quantlab.errors import DataError, MachineError
 from quantlab.models.refusals import refuse_unusable
 from quantlab.models.safetensors.files import ModelFiles, open_files
-from quantlab.quant.selection import Selection, select
+from quantlab.quant.selection import Selection, select, summary
 from quantlab.recipe.quantize import QuantizeRecipe
-from quantlab.registry.methods import METHODS
 
 HEADROOM = 64 * 2**20  # bytes of disk kept free beyond the estimate
 
@@ -61,8 +60,7 @@ def check(
         raise DataError(f"{files.name} is already quantized ({kind})", hint="give the original model")
     if out is not None:
         _check_disk(recipe, out, files)
-    if not METHODS[recipe.method].whole:
-        selection(recipe, files, trust_remote_code)
+    selection(recipe, files, trust_remote_code)
 
 
 def selection(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool = False) -> Selection:
@@ -70,6 +68,16 @@ def selection(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool
     from quantlab.models.blockwise import layers_of
 
     return select(recipe, layers_of(files, trust_remote_code), files.name)
+
+
+def described(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool = False) -> list[str]:
+    """What a recipe does with a model's layers, in lines for people; empty for ``none``."""
+    from quantlab.models.blockwise import layers_of
+
+    if recipe.method == "none":
+        return []
+    layers = layers_of(files, trust_remote_code)
+    return summary(select(recipe, layers, files.name), layers, files.params)
 
 
 def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:

@@ -300,10 +300,12 @@ def _solve(group: _Group) -> SequentialPass:
         quantize_blocks(group.opened, walk, progress)
     except ValueError as error:  # a solver refuses its Hessian
         raise DataError(f"{group.files.name}: {error}") from error
-    if walk.unreached:
-        names = ", ".join(walk.unreached[:3]) + (", ..." if len(walk.unreached) > 3 else "")
+    starved = {name: n for several in group.plans for p in several for name, n in p.writer.starved.items()}
+    if starved:
+        least = min(starved, key=lambda name: starved[name])
         progress.note(
-            f"no calibration token reached {len(walk.unreached)} layers, rounded to nearest: {names}"
+            f"{len(starved)} linears of experts saw fewer calibration tokens than they have inputs (fewest: "
+            f"{starved[least]}, {least}); the rest is taken from the other experts of their layer"
         )
     return walk
 
@@ -380,8 +382,10 @@ def _verify_and_publish(
             raise_if_failed(found, outcome.job.name, writer.fail())
         record = provenance_record(outcome.job, group.files, group.calibration, outcome.seconds)
         record |= {"shared_calibration": outcome.shared_calibration, "loss": outcome.loss}
-        record["experts_unread"] = one.plan.selection.experts_unread
+        record["experts_unread"] = one.plan.selection.unread
         record |= {"group_sizes": one.plan.selection.sizes(), "kept": dict(one.plan.selection.kept)}
+        if writer.starved:
+            record["starved_experts"] = dict(sorted(writer.starved.items()))
         if outcome.widths:
             record["widths"] = outcome.widths
         if found is not None:
@@ -402,7 +406,7 @@ def _verifications(
     for one in finished:
         assert one.plan.probe is not None
         logits = group.probe.logits(one.plan.probe)
-        apart = one.plan.selection.experts_unread
+        apart = bool(one.plan.selection.unread)
         claims.append(Check(one.plan.writer.finished, logits, one.outcome.job.name, apart))
     with group.progress.task("reloading what was written"):
         return list(

@@ -12,19 +12,21 @@ merge and unpack alike.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from quantlab.errors import RecipeError
+from quantlab.errors import DataError, RecipeError
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry.formats import FORMATS, PACKING, common_group_sizes, fitting_widths, misfit
+from quantlab.registry.methods import METHODS
 
 if TYPE_CHECKING:
     from quantlab.models.layers import Layers
 
-ROUTER = "a router"
+SUBCLASS = "bitsandbytes passes over subclasses of nn.Linear"
 AUTO_SIZES = (128, 64, 32)
 AUTO = 0  # a group size that is still to be chosen
 IGNORED = "the recipe ignores it"
@@ -45,14 +47,14 @@ class Selection:
 
     widths: Mapping[str, Width] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
-    experts_unread: bool = False  # packed experts that transformers alone does not read
+    unread: str = ""  # packed experts that transformers alone does not read: "merged" or "stacked"
 
     def at(self, bits: int) -> Selection:
         """The same layers, all at ``bits``."""
         return Selection(
             {name: width._replace(bits=bits) for name, width in self.widths.items()},
             self.kept,
-            self.experts_unread,
+            self.unread,
         )
 
     def stored(self) -> dict[str, tuple[int, int]]:
@@ -79,6 +81,8 @@ def select(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
         RecipeError: a layer does not fit a group size or width that was written; a name in ``ignore`` or ``overrides``
             is that of no layer; the format cannot say what was asked for; nothing is left to quantize.
     """
+    if METHODS[recipe.method].whole:
+        return _by_library(recipe, layers, called)
     held = FORMATS[recipe.format]
     if layers.computed and not held.converts:
         raise RecipeError(
@@ -86,12 +90,11 @@ def select(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
             f"where the {recipe.format} format is",
             hint=_other_formats(recipe, layers),
         )
-    inside = layers.prefix + "."
-    kept = {n: why for n, why in layers.kept.items() if n.startswith(inside) and why != ROUTER}
+    kept = dict(layers.kept)
     open_layers: dict[str, Width] = {}
     used: set[str] = set()
     for name, (rows, columns) in layers.shapes.items():
-        unread = [held.unread[trait] for trait in layers.traits.get(name, ()) if trait in held.unread]
+        odd = [held.unread[trait] for trait in sorted(layers.traits.get(name, ())) if trait in held.unread]
         if pattern := _first(recipe.ignore, name):
             used.add(pattern)
             kept[name] = IGNORED
@@ -102,8 +105,8 @@ def select(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
             wish = _overridden(recipe, pattern)
         if wish.bits == 16:
             kept[name] = IGNORED
-        elif unread:
-            kept[name] = unread[0]
+        elif odd:
+            kept[name] = odd[0]
         elif (reason := _unfit(recipe.format, recipe.bits == "auto", wish, rows, columns)) is None:
             open_layers[name] = wish
         elif wish.group_size > 0 and columns % wish.group_size:  # a size that was written
@@ -124,10 +127,43 @@ def select(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
             f"{called}: no layer of {layers.architecture} is left to quantize in the {recipe.format} format: {reasons}",
             hint=_other_formats(recipe, layers),
         )
-    packed = bool(layers.experts & widths.keys())
-    return Selection(
-        widths, {n: kept[n] for n in sorted(kept)}, packed and not reads_experts(recipe.format, layers)
-    )
+    packed = bool(layers.experts & widths.keys()) and not reads_experts(recipe.format, layers)
+    unread = ("stacked" if layers.stacked else "merged") if packed else ""
+    return Selection(widths, {n: kept[n] for n in sorted(kept)}, unread)
+
+
+def _by_library(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
+    """What bitsandbytes quantizes of the layers in the blocks: all that are ``nn.Linear`` or ``Conv1D`` themselves.
+
+    Raises:
+        DataError: experts that transformers merges, which it would leave in 16 bits.
+    """
+    if (layers.merged or layers.stacked or layers.whole) and recipe.format not in layers.apart:
+        raise DataError(
+            f"{called}: {recipe.format} would leave the experts of {layers.architecture} in 16 bits: transformers "
+            "merges them into one parameter",
+            hint="rtn-int4 and gptq-int4 quantize experts one by one",
+        )
+    passed_over = [name for name in layers.shapes if "subclass" in layers.traits.get(name, ())]
+    kept = dict(layers.kept) | dict.fromkeys(passed_over, SUBCLASS)
+    if len(passed_over) == len(layers.shapes):
+        raise DataError(f"{called}: no layer of {layers.architecture} is left to quantize: {SUBCLASS}")
+    width = Width(int(recipe.bits), int(recipe.group_size))
+    return Selection({name: width for name in layers.shapes if name not in kept}, kept)
+
+
+def summary(chosen: Selection, layers: Layers, params: int) -> list[str]:
+    """What a recipe does with a model, in lines for people: how much is quantized, and what stays as it is, why, and
+    how often. ``params``: of the whole model."""
+    share = sum(math.prod(layers.shapes[name]) for name in chosen.widths) / max(params, 1)
+    sizes = ", ".join(f"groups of {size}" if size > 0 else "per channel" for size in chosen.sizes())
+    lines = [f"{len(chosen.widths)} layers are quantized ({sizes}), {share:.1%} of the parameters"]
+    counts: dict[tuple[str, str], int] = {}
+    for name, why in chosen.kept.items():
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), why)
+        counts[key] = counts.get(key, 0) + 1
+    lines += [f"{name} stays in 16 bits ({count}): {why}" for (name, why), count in counts.items()]
+    return lines
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -226,7 +262,7 @@ def _refuse_several(widths: set[Width], recipe: QuantizeRecipe, called: str, wha
 def _refuse_unused(recipe: QuantizeRecipe, used: set[str], layers: Layers, called: str) -> None:
     for key, patterns in (("ignore", recipe.ignore), ("overrides", recipe.overrides)):
         for pattern in patterns:
-            known = any(matches(pattern, name) for name in [*layers.shapes, *layers.kept])
+            known = any(matches(pattern, name) for name in [*layers.shapes, *layers.kept, *layers.plain])
             if pattern not in used and not known:
                 example = next(iter(layers.shapes), "")
                 raise RecipeError(

@@ -35,7 +35,7 @@ from quantlab.quant.block import BlockResult, BlockView
 from quantlab.quant.block_view import CalledBlock, KnownFolds, stored_buffers, view, weights_in_place
 from quantlab.quant.checkpoint import CheckpointWriter
 from quantlab.quant.grid import Grid, Quantized
-from quantlab.quant.hessian import Collector, InputHessian, StopForward
+from quantlab.quant.hessian import Collector, InputHessian, StopForward, fill_up
 from quantlab.quant.hessian_store import StatisticsStore
 from quantlab.quant.selection import Selection
 from quantlab.quant.verify.reference_logits import ReferencePass
@@ -90,7 +90,7 @@ class SequentialPass:
 
     calls: how each block is called for calibration rows. probe: what moves the plans' probes on. keep: where to put the
     statistics. reuse: statistics to solve from, without a forward pass. tight: give memory back to the system after
-    every block, and run one row at a time. unreached: layers that saw no token (experts), filled in on the way.
+    every block, and run one row at a time.
     """
 
     streams: list[Stream]
@@ -100,7 +100,6 @@ class SequentialPass:
     keep: StatisticsStore | None = None
     reuse: StatisticsStore | None = None
     tight: bool = False
-    unreached: list[str] = field(default_factory=list)
 
 
 def open_pass(
@@ -217,6 +216,9 @@ class _Step:
     walk: SequentialPass
     index: int
     block: nn.Module
+    starved: dict[str, int] = field(
+        default_factory=dict
+    )  # experts with too few tokens, by name in the block's files
 
     def run(self, stream: Stream, *, last: bool) -> None:
         states, pending = stream.states, [p for p in stream.plans if not p.writer.has_block(self.index)]
@@ -225,6 +227,7 @@ class _Step:
         # Methods that see the inputs find them where they are; they move on once everything is solved.
         holds = [p for p in pending if "inputs" in METHODS[p.method].needs]
         moments, moved = self._moments(stream, pending, behind, last or bool(holds))
+        self.starved = {self._stored(name): tokens for name, tokens in fill_up(moments).items()}
         follow = states if stream.quantized and behind and not last else None
         forward = None
         if holds and states is not None:
@@ -272,9 +275,6 @@ class _Step:
                 collector.next_batch()
         trim()
         moments = collector.finish() if pending else []
-        for m in moments:
-            if not m.tokens and not stream.quantized:
-                self.walk.unreached += [f"{self.opened.prefix}.{self.index}.{name}" for name in m.layers]
         if self.walk.keep is not None and pending and not stream.quantized:
             self.walk.keep.save(self.index, moments)
         return moments, moves
@@ -366,7 +366,7 @@ class _Step:
         tensors |= self._carried(split)
         losses = {self._stored(n): v for n, v in result.loss.items()}
         plan.writer.write_block(
-            self.index, tensors, losses, None if plan.probe is None else {"probe": plan.probe}
+            self.index, tensors, losses, None if plan.probe is None else {"probe": plan.probe}, self.starved
         )
 
     def _fixed(self, plans: Sequence[Plan]) -> set[str]:
@@ -423,21 +423,26 @@ class _Step:
                 plan.probe = self.walk.probe.through(self.index, plan.probe, result)
         if states is None:
             return
-        values = self._stored_values(plan) if result is None else self._solved_values(result)
+        values = self._stored_values(plan) if result is None else self._solved_values(plan, result)
         with weights_in_place(self.block, dict(values)):
             self._advance(states)
 
-    def _solved_values(self, result: BlockResult) -> Iterator[tuple[str, torch.Tensor]]:
+    def _solved_values(self, plan: Plan, result: BlockResult) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the checkpoint will hold of the block, the same as a run that goes on reads from it."""
         for name, solved in result.quantized.items():
             layer = self.block.get_submodule(name)
             yield f"{name}.weight", as_weight(layer, solved.dequantize().to(self.opened.dtype))
-        yield from result.replaced.items()
+        for name, parameter in self.block.named_parameters():
+            if not name.endswith(".weight") or name.removesuffix(".weight") not in result.quantized:
+                value = result.replaced.get(name, parameter.detach())
+                full = f"{self.opened.stored_prefix}.{self.index}.{self._stored(name)}"
+                yield name, value.to(plan.writer.dtype_of(full, value.dtype))
 
     def _stored_values(self, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
         """What a block written earlier holds, for a run that goes on."""
         tensors = plan.writer.read_block(self.index)
         reader, suffixes = format_module(plan.layout), FORMATS[plan.layout].suffixes
-        for name, _ in self.block.named_parameters():
+        for name, parameter in self.block.named_parameters():
             owner, _, leaf = name.rpartition(".")
             stored = self._stored(owner)
             if leaf == "weight" and f"{stored}.{suffixes[0]}" in tensors:
@@ -448,8 +453,11 @@ class _Step:
                 )
                 values = Quantized(codes, scales, zeros, group_of, grid.bits).dequantize()
                 yield name, as_weight(self.block.get_submodule(owner), values.to(self.opened.dtype))
-            elif f"{self.opened.prefix}.{self.index}.{name}" not in self.opened.names.computed:
+            elif self._stored(name) in tensors:
                 yield name, tensors[self._stored(name)]
+            else:  # computed from others in the files, or a part of one
+                full = f"{self.opened.stored_prefix}.{self.index}.{self._stored(name)}"
+                yield name, parameter.detach().to(plan.writer.dtype_of(full, parameter.dtype))
 
 
 def needs_data(plans: Sequence[Plan]) -> bool:

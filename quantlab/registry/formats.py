@@ -267,7 +267,6 @@ FORMATS: dict[str, Format] = {
             "read by itself": _READ,
         },
         tensors=_compressed_tensors,
-        expert_readers=_STACKED,
         merges=True,
         converts=False,
         marks=("weight_packed", "weight_scale"),
@@ -283,10 +282,13 @@ FORMATS: dict[str, Format] = {
 PACKING: tuple[str, ...] = tuple(name for name, found in FORMATS.items() if found.module)
 
 
-def readers(format: str, *, experts: bool) -> Readers:
-    """Who reads a checkpoint of a ``format``; ``experts``: it holds packed experts that transformers does not read."""
+def readers(format: str, unread: str = "") -> Readers:
+    """Who reads a checkpoint of a ``format``. ``unread``: packed experts that transformers alone does not read,
+    ``merged`` by it while it loads them, or ``stacked`` in one tensor in the files of the original."""
+    if unread == "stacked":
+        return _STACKED
     found = FORMATS[format]
-    return (found.expert_readers if experts else None) or found.readers
+    return (found.expert_readers if unread else None) or found.readers
 
 
 def misfit(format: str, bits: int, group_size: int, in_features: int, out_features: int) -> str | None:

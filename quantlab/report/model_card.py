@@ -57,7 +57,7 @@ def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
         )
     if row is not None:
         parts += ["## Measured", _measured(row)]
-    who = readers(layout, experts=bool(made.get("experts_unread", made.get("experts"))))
+    who = readers(layout, str(made.get("experts_unread", "merged" if made.get("experts") else "")))
     install = f"```sh\npip install {' '.join(who.install)}\n```"
     parts += ["## Use", f"{who.text[0].upper()}{who.text[1:]}."]
     parts += [install, "```python\n" + _snippet(who) + "\n```"]

@@ -137,7 +137,7 @@ def test_names_that_differ(saved: Any) -> None:
     opened = BlockwiseModel(open_files(saved("gpt_neox")), "cpu", torch.float32)
     assert {"lm_head", "embed_out"} <= set(opened.left_out(opened.layers.shapes))
     opened = BlockwiseModel(open_files(saved("qwen2_moe")), "cpu", torch.float32)
-    assert "model.layers.0.mlp.shared_expert_gate" in opened.layers.kept
+    assert "model.layers.0.mlp.shared_expert_gate" in opened.layers.plain
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -59,12 +59,12 @@ def test_asked_for_it_says_who_reads_it(mixture: Path, tmp_path: Path, format: s
     assert found["how"] == "separated" and found["passed"] and "from random numbers" in found["why"]
     said = card(tmp_path / "out")
     assert "NOT by transformers alone" in said and "AutoModelForCausalLM" not in said
-    assert "transformers" not in readers(format, experts=True).right
-    assert "transformers" in readers(format, experts=False).right
+    assert "transformers" not in readers(format, "merged").right
+    assert "transformers" in readers(format).right
 
 
 def test_every_layout_has_readers() -> None:
     for format in FORMATS:
-        for experts in (False, True):
-            found = readers(format, experts=experts)
+        for unread in ("", "merged", "stacked"):
+            found = readers(format, unread)
             assert found.right and found.install and bool(found.wrong) == ("transformers" not in found.right)

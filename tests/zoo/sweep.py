@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,26 +106,27 @@ def apart(name: str) -> dict[str, Any]:
         process.join()
 
 
-def examine(name: str, folder: Path) -> dict[str, Any]:
+def examine(name: str, folder: Path, widths: Sequence[int] = (8, 4)) -> dict[str, Any]:
     """What comes of one architecture: ``right``, ``wrong``, ``refused``, ``error``, or ``unbuilt``."""
+    import torch
+
     from quantlab.errors import QuantlabError
+    from tests.conftest import byte_tokenizer
 
     started = time.perf_counter()
     found: dict[str, Any] = {}
     try:
-        from tests.conftest import byte_tokenizer
-
-        builder.write(folder / "model", name, byte_tokenizer())
+        logits_of(
+            builder.write(folder / "model", name, byte_tokenizer()), torch.ones(1, SEQ_LEN, dtype=torch.int64)
+        )
     except Exception as error:
         return {"verdict": "unbuilt", "why": f"{type(error).__name__}: {str(error)[:120]}"}
     try:
-        found = measured(folder)
-        wrong = [key for key, value in found["errors"].items() if key.endswith("8") and not value < RIGHT]
-        rounded = found["errors"]["rtn-4"]
-        wrong += [key for key, value in found["errors"].items() if key[-2:] == "-4" and not value <= rounded]
+        found = measured(folder, widths)
+        wrong = misses(found["errors"])
         found |= {"verdict": "wrong" if wrong else "right", "why": " ".join(wrong)}
     except QuantlabError as error:
-        found |= {"verdict": "refused", "why": str(error)}
+        found |= {"verdict": "refused", "why": str(error).replace(str(folder / "model"), name)}
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{where.filename.rpartition('site-packages/')[2]}:{where.lineno}"
@@ -131,57 +134,75 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
     return found | {"seconds": time.perf_counter() - started}
 
 
-def measured(folder: Path) -> dict[str, Any]:
-    """Relative errors of the logits on the calibration rows, by method and width."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from quantlab.commands.defaults import settle
-    from quantlab.models.safetensors.files import open_files
-    from quantlab.progress import Silent
-    from quantlab.quant.pipeline import Job, quantize
-    from quantlab.recipe.quantize import QuantizeRecipe
-
-    model = folder / "model"
-    files = open_files(model)
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    calibration = {"source": str(folder / "text.txt"), "rows": 8, "seq_len": 64}
-    jobs = []
-    for bits in (8, 4):
-        for method in METHODS:
-            asked: dict[str, Any] = {"method": method, "bits": bits}
-            if method != "rtn":
-                asked["calibration"] = calibration
-            recipe = settle(QuantizeRecipe.model_validate(asked), files)
-            jobs.append(Job(f"{method}-{bits}", recipe, folder / f"{method}-{bits}"))
-    rows = calibration_ids(folder, model)
-
-    def logits(path: Path) -> torch.Tensor:
-        subject, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
-        if info["missing_keys"] and path != model:
-            raise RuntimeError(f"missing {sorted(info['missing_keys'])[:2]}")
-        with torch.no_grad():
-            return subject.eval()(input_ids=rows, use_cache=False).logits
-
-    expected = logits(model)
-    outcomes = quantize(jobs, str(model), device="cpu", progress=Silent())
-    errors = {}
-    for job, _ in zip(jobs, outcomes, strict=True):
-        errors[job.name] = ((logits(job.out) - expected).norm() / expected.norm()).item()
-    return {"errors": errors}
+def misses(errors: Mapping[str, float]) -> list[str]:
+    """Which of the errors, by method and width, are too large: at 8 bits beyond ``RIGHT``, at 4 beyond rtn's."""
+    wrong = [key for key, value in errors.items() if key.endswith("-8") and not value < RIGHT]
+    return wrong + [
+        key for key, value in errors.items() if key.endswith("-4") and not value <= errors["rtn-4"]
+    ]
 
 
-def calibration_ids(folder: Path, model: Path) -> Any:
+def measured(folder: Path, widths: Sequence[int]) -> dict[str, Any]:
+    """Relative errors of the logits on the calibration rows, by method and width, of the model in ``folder``; in which
+    format, and what stayed in 16 bits."""
     from transformers import AutoTokenizer
 
     from quantlab.calibration import read_texts, token_rows
+    from quantlab.commands.defaults import settle
+    from quantlab.models.blockwise import layers_of
+    from quantlab.models.safetensors.files import open_files
+    from quantlab.progress import Silent
+    from quantlab.quant.jobs import selection
+    from quantlab.quant.pipeline import Job, quantize
+    from quantlab.recipe.quantize import QuantizeRecipe
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return token_rows(read_texts(str(folder / "text.txt")), tokenizer, rows=8, seq_len=64, seed=0)
+    files, text = open_files(folder / "model"), folder / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    jobs = []
+    for bits in widths:
+        for method in METHODS:
+            asked: dict[str, Any] = {"method": method, "bits": bits, "group_size": group_size(files)}
+            if method != "rtn":
+                asked["calibration"] = {"source": str(text), "rows": ROWS, "seq_len": SEQ_LEN}
+            recipe = settle(QuantizeRecipe.model_validate(asked), files)
+            jobs.append(Job(f"{method}-{bits}", recipe, folder / f"{method}-{bits}"))
+    tokenizer = AutoTokenizer.from_pretrained(files.path)
+    rows = token_rows(read_texts(str(text)), tokenizer, rows=ROWS, seq_len=SEQ_LEN, seed=0)
+
+    expected = logits_of(files.path, rows)
+    quantize(jobs, files, device="cpu", progress=Silent())
+    errors = {job.name: float((logits_of(job.out, rows) - expected).norm() / expected.norm()) for job in jobs}
+    chosen, layers = selection(jobs[0].recipe, files), layers_of(files)
+    weights = sum(math.prod(layers.shapes[layer]) for layer in chosen.widths)
+    return {
+        "errors": errors,
+        "formats": {job.name: job.recipe.format for job in jobs},
+        "kept": sorted(set(chosen.kept.values())),
+        "share": round(weights / files.params, 4),
+        "architecture": layers.architecture,
+    }
 
 
+def group_size(files: Any) -> int | str:
+    """32 where it divides the inputs of every layer, else ``auto``."""
+    from quantlab.models.blockwise import layers_of
+
+    return "auto" if any(columns % 32 for _, columns in layers_of(files).shapes.values()) else 32
+
+
+def logits_of(path: Path, rows: Any) -> Any:
+    """What plain transformers computes for token ids, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise RuntimeError(f"missing {sorted(info['missing_keys'])[:2]}")
+    with torch.no_grad():
+        return model.eval()(input_ids=rows, use_cache=False).logits
+
+
+ROWS, SEQ_LEN = 8, 64
 TEXT = " ".join(
     f"word{i * 7919 % 1009} {'abcdefghijklmnopqrstuvwxyz'[i % 26]}{i * i % 97}" for i in range(600)
 )
