@@ -15,6 +15,7 @@ FAST: frozenset[str] = frozenset(
         "distill/test_packed_attention.py",
         "distill/test_sweep.py",
         "formats/test_compressed_tensors.py",
+        "models/test_block_inputs.py",
         "models/test_files.py",
         "models/test_model_refusals.py",
         "quant/test_allocate.py",
@@ -69,6 +70,7 @@ EXHAUSTIVE: frozenset[str] = frozenset(
         "models/test_embedded.py::test_three_bits_hurt_and_gptq_helps",
         "models/test_remote_code.py::test_the_checkpoint_is_verified_with_its_own_code",
         "models/test_weight_files.py::test_an_older_index_changes_nothing",
+        "quant/test_experts.py::test_killed_and_resumed_it_ends_in_the_same_bytes",
         "quant/test_kill.py::test_killed_runs_end_in_the_same_bytes",
         "quant/test_pipeline.py::test_a_write_that_fails_leaves_no_checkpoint",
         "quant/test_pipeline.py::test_real_model_gptq_beats_rtn_and_awq_never_loses",
@@ -79,6 +81,7 @@ EXHAUSTIVE: frozenset[str] = frozenset(
         "test_contributing.py::test_an_interrupted_export_starts_from_the_assembled_parts",
         "test_distill.py::test_evidence_from_the_file_to_teacher_judge_and_student",
         "text2sql/test_transpile.py::test_monsters_end",
+        "zoo/test_zoo.py::test_many",
         "tools/test_build.py::test_what_is_committed_is_what_would_be_built",
     }
 )

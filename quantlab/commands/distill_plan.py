@@ -23,6 +23,7 @@ from quantlab.distill.prepare import Source, estimates, read_source
 from quantlab.distill.sweep import Cell
 from quantlab.errors import MachineError, RecipeError
 from quantlab.models.provenance import provenance
+from quantlab.models.refusals import refuse_wrapper
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.paths import file_digest, find_source, short_hash, slug
 from quantlab.recipe.distill import DistillRecipe
@@ -68,6 +69,7 @@ def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
     """Names, digests and directories, refused where something is in the way. Imports nothing heavy."""
     _need_reporters(cell.recipe.train.report_to)
     files = open_model(cell.recipe.student.model)
+    refuse_wrapper(files)
     recipe = settle(cell.recipe, files)
     label = f"{name}-{cell.label}" if cell.label else name
     at_hand = recipe.data.format != "text" and not on_the_hub(recipe.data.source)

@@ -103,8 +103,13 @@ def config(contents: Contents) -> dict[str, Any]:
 def kept_in_blocks(layers: Iterable[str], ignore: Sequence[str]) -> list[str]:
     """Names, relative to a block, of the quantized linears, if there are others beside them in the blocks (readers
     take every linear of a block for quantized unless told); empty where there are none."""
+    layers = list(layers)
+    lists = {name.split(_numbered(name), 1)[0] for name in layers if _numbered(name)}
     inside = {inside_block(name) for name in layers} - {""}
-    others = {inside_block(name) for name in ignore} - {""}
+    # Beside the decoder's blocks there may be others, of what sees or hears; readers look into one list only.
+    others = {inside_block(name) for name in ignore if name.split(_numbered(name) or "\0", 1)[0] in lists} - {
+        ""
+    }
     if inside & others:
         raise ValueError(
             f"the gptq layout leaves out a linear in every block or in none: {min(inside & others)}"

@@ -18,9 +18,9 @@ from torch.func import functional_call
 
 from quantlab.errors import DataError, first_line
 from quantlab.models.block_inputs import BlockInputs, Dependent, record
-from quantlab.models.experts import merged, separate, taken_apart
+from quantlab.models.experts import merged, separate, stacks, taken_apart
 from quantlab.models.layers import Layers, Trait, is_layer, linears, matrix, traits
-from quantlab.models.refusals import refuse_other_kinds
+from quantlab.models.refusals import refuse_other_kinds, wrapping
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.models.safetensors.tensors import read_tensor
 from quantlab.models.weight_names import Names, conversions, renamed
@@ -55,6 +55,7 @@ class BlockwiseModel:
         apart = separate(self.model, conversions(self.model)[1], plain=plain)
         whole = {part.parameter.rpartition(".")[0] for part in apart.values()}
         self.merged = bool(before.keys() - merged(self.model).keys() - whole)
+        self._text = language_model(self.model)
         self.prefix, self.blocks = find_blocks(self.model)
         refuse_blocks(self.model, self.blocks, files.name)
         shapes = {name: info.shape for name, info in files.tensors.items()}
@@ -127,6 +128,7 @@ class BlockwiseModel:
         shapes: dict[str, tuple[int, int]] = {}
         kept: dict[str, str] = {}
         found: dict[str, frozenset[Trait]] = {}
+        held_in: dict[str, tuple[str, ...]] = {}
         plain, experts = set(), set()
         for name, module in self.model.named_modules():
             stored = names.on_disk(name)
@@ -143,7 +145,9 @@ class BlockwiseModel:
                 shapes[stored] = (rows, columns)
                 found |= {stored: frozenset(odd[name])} if name in odd else {}
                 experts |= {stored} if "experts" in name.split(".") else set()
-        whole = {names.on_disk(n) for n in merged(self.model) if n.startswith(self.prefix + ".")}
+                held = [names.parts.get(f"{name}.{leaf}") for leaf in ("weight", "bias")]
+                held_in |= {stored: tuple(part.parameter for part in held if part)} if held[0] else {}
+        whole = {names.on_disk(n) for n in stacks(self.blocks, self.prefix)}
         kept |= dict.fromkeys(sorted(whole), "transformers takes all experts of a layer from one tensor")
         return Layers(
             architecture=type(self.model).__name__,
@@ -154,10 +158,11 @@ class BlockwiseModel:
             plain=frozenset(plain),
             experts=frozenset(experts),
             merged=self.merged,
-            stacked=bool(names.parts),
+            held_in=held_in,
             whole=frozenset(whole),
             apart=self._apart,
             computed=bool(names.computed),
+            carried=frozenset(name for name in self.files.tensors if self.is_carried(name)),
             traits=found,
         )
 
@@ -199,6 +204,13 @@ class BlockwiseModel:
             for _, module in around:
                 self.empty(module)
         return hidden, calls
+
+    def is_carried(self, stored: str) -> bool:
+        """Whether a tensor of the files belongs to what surrounds the language model, in a model that sees."""
+        if not self._text:
+            return False
+        name = self.names.in_model(stored)
+        return not name.startswith(self._text) and not name.startswith("lm_head.")
 
     def as_returned(self, hidden: torch.Tensor) -> Any:
         """Hidden states in the form that a block of this model returns them in."""
@@ -290,6 +302,7 @@ class _Indexed(Exception):
     """The model takes the first element of what a block returns: its blocks return tuples."""
 
 
+SEEING = ("vision_tower", "visual", "vision_model", "vision_embed_tokens")
 # What blocks return: hidden states, or a tuple of them and so many other things.
 RETURNED = (None, 0, 1, 2)
 
@@ -335,14 +348,14 @@ def skeleton(files: ModelFiles, dtype: torch.dtype, trust_remote_code: bool = Fa
         DataError: transformers has no causal language model of this type, or it needs code from its files.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(files.path, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: nn.Module = auto_class(files).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
@@ -357,10 +370,21 @@ def skeleton(files: ModelFiles, dtype: torch.dtype, trust_remote_code: bool = Fa
     return model.eval()
 
 
+def auto_class(files: ModelFiles) -> Any:
+    """transformers' class that opens a model: for language models, or for those that see images too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if wrapping(files) else AutoModelForCausalLM
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks: the ModuleList that holds the most parameters."""
+    """The decoder blocks: the ModuleList that holds the most parameters; in a model that sees, of its language
+    model."""
     best: tuple[int, str, nn.ModuleList] | None = None
+    inside = language_model(model)
     for name, module in model.named_modules():
+        if not f"{name}.".startswith(inside):
+            continue
         if isinstance(module, nn.ModuleList) and len(module):
             size = sum(p.numel() for p in module.parameters())
             if size and (best is None or size > best[0]):  # of two that hold the same, the outer one
@@ -368,6 +392,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if best is None:
         raise DataError(f"{type(model).__name__} has no list of equal decoder blocks")
     return best[1], best[2]
+
+
+def language_model(model: nn.Module) -> str:
+    """The name of the language model inside one that sees, with a dot behind it; empty for any other."""
+    names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in ("language_model", "text_model")]
+    vision = any(n.rpartition(".")[2] in SEEING for n, _ in model.named_modules())
+    return f"{names[0]}." if names and vision else ""
 
 
 def refuse_blocks(model: nn.Module, blocks: nn.ModuleList, called: str) -> None:

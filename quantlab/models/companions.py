@@ -1,5 +1,6 @@
 """What belongs to a model beside its weights and config.json and goes with every checkpoint made from it: the
-tokenizer, the generation config, and the code that its configuration names (``remote_code``). No torch."""
+tokenizer, the processor of a model that sees, the generation config, and the code that its configuration names
+(``remote_code``). No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from quantlab.models.safetensors.durable import sync_file
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 
 

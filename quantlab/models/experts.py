@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 MINIATURE = 8  # hidden size and width of the experts that are tried
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+SMALLEST = 16  # rows and columns of a matrix among many in one parameter; convolutions have fewer
 
 
 class Part(NamedTuple):
@@ -151,6 +151,19 @@ def merged(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def stacks(blocks: nn.Module, prefix: str) -> list[str]:
+    """Modules in the blocks, by full name, that hold many matrices in one parameter: experts that were not taken
+    apart."""
+    return [
+        f"{prefix}.{name}"
+        for name, module in blocks.named_modules()
+        if any(
+            p is not None and p.dim() == 3 and min(p.shape[1:]) >= SMALLEST
+            for p in module._parameters.values()
+        )
+    ]
+
+
 def taken_apart(kinds: Iterable[str]) -> frozenset[str]:
     """The quantization methods for which transformers itself takes these classes of merged experts apart."""
     from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHED
@@ -179,7 +192,8 @@ def separate(
     for name, module in merged(model).items():
         held = [f"{name}.{parameter}" in plain for parameter in module._parameters]
         stacked = all(held)
-        if any(held) and not stacked:
+        counts = {len(p) for p in module._parameters.values() if p is not None}
+        if len(counts) > 1 or (any(held) and not stacked):  # experts of which some lack a part
             continue
         roles = _roles(name, module, [] if stacked else list(converters))
         if type(module) not in known:

@@ -31,10 +31,11 @@ class Layers:
     shapes: (outputs, inputs) of the layers that can be quantized, all inside the blocks, in their order.
     kept: what else is in the blocks and stays in 16 bits, and why. plain: layers that are never quantized (the head,
     routers). experts: layers in ``shapes`` that belong to experts.
-    merged: transformers merges the experts into one parameter while it loads them. stacked: the files hold them as
-    one tensor. whole: modules whose experts stay one parameter. apart: the quantization methods for which
-    transformers takes experts apart all the same.
+    merged: transformers merges the experts into one parameter while it loads them. held_in: of experts that the files
+    hold as one tensor, which tensors hold a layer: its weight, then its bias. whole: modules whose experts stay one
+    parameter. apart: the quantization methods for which transformers takes experts apart all the same.
     computed: transformers computes other tensors too from those in the files.
+    carried: tensors of what surrounds the language model in one that sees, which stay as they are, byte for byte.
     traits: of those layers in ``shapes`` that have any.
     """
 
@@ -46,11 +47,17 @@ class Layers:
     plain: frozenset[str] = frozenset()
     experts: frozenset[str] = frozenset()
     merged: bool = False
-    stacked: bool = False
+    held_in: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
     computed: bool = False
+    carried: frozenset[str] = frozenset()
     traits: Mapping[str, frozenset[Trait]] = field(default_factory=dict)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the files hold all experts of a layer as one tensor."""
+        return bool(self.held_in)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quantlab.errors import DataError, MachineError, first_line
+from quantlab.models.blockwise import auto_class
 from quantlab.models.packed_experts import separated
 from quantlab.models.precision import computed_in
 from quantlab.models.safetensors.files import ModelFiles, open_files
@@ -94,8 +95,6 @@ def load_model(
     place = pick_device(device)
     quiet_libraries()
     tokenizer = load_tokenizer(files, trust_remote_code)
-    from transformers import AutoModelForCausalLM
-
     extra = {"quantization_config": quantization} if quantization is not None else {}
     wanted = _dtype(files, dtype, place)
     if own := own_format(files.config):
@@ -103,7 +102,7 @@ def load_model(
         return LoadedModel(
             model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
         )
-    loader: Any = AutoModelForCausalLM
+    loader: Any = auto_class(files)
     if experts := separated(files, torch.float32, trust_remote_code):
         loader, extra = experts[0], extra | experts[1]
     else:

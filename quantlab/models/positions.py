@@ -12,7 +12,9 @@ def positions_of(config: Any) -> int | None:
     """From the content of a config.json, or a configuration of transformers; None where it does not say. Of a model
     that also sees or hears, those of its text part."""
     if isinstance(config, Mapping):
-        found = [config.get(key) for key in POSITIONS]
+        text = config.get("text_config")
+        inner = text if isinstance(text, Mapping) else {}
+        found = [inner.get(key, config.get(key)) for key in POSITIONS]
     else:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         found = [getattr(text, key, None) for key in POSITIONS]

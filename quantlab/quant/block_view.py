@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,19 +47,25 @@ def view(
     stored = {name: matrix(layer).detach() for name, layer in layers.items()}
     if found is None:
         return BlockView(stored, moments, cache=cache, forward=forward)
-    inputs = {}
+    inputs, folds = {}, []
     for fold in found.norms:
         module = block.get_submodule(fold.norm)
+        offset = norm_offset(module)
+        if offset is None:
+            continue
+        folds.append(fold)
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        inputs[fold.norm] = NormInput(kept(f"{fold.norm}.weight", weight.detach()), norm_offset(module))
+        inputs[fold.norm] = NormInput(kept(f"{fold.norm}.weight", weight.detach()), offset)
+    found = replace(found, norms=tuple(folds))
     matrices = {f"{name}.weight" for name in layers}
     plain = {n: kept(n, p.detach()) for n, p in block.named_parameters() if n not in matrices}
     return BlockView(stored, moments, found, inputs, plain, cache, forward)
 
 
-def norm_offset(norm: nn.Module) -> float:
-    """1 where the norm multiplies by ``1 + weight`` (Gemma), else 0: told by running it with a zero weight."""
+def norm_offset(norm: nn.Module) -> float | None:
+    """1 where the norm multiplies by ``1 + weight`` (Gemma), else 0: told by running it with a zero weight; None
+    where it does not take vectors of its weight's length (a norm of each head)."""
     weight = norm.weight
     assert isinstance(weight, nn.Parameter)
     norm._parameters["weight"] = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
@@ -67,6 +74,8 @@ def norm_offset(norm: nn.Module) -> float:
         out = norm(probe[None])
         bias = getattr(norm, "bias", None)
         return 0.0 if torch.equal(out[0], torch.zeros_like(probe) if bias is None else bias) else 1.0
+    except (ValueError, RuntimeError, TypeError, IndexError):
+        return None
     finally:
         norm._parameters["weight"] = weight
 

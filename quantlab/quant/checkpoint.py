@@ -133,10 +133,16 @@ class CheckpointWriter:
         file = self._kept_file(index)
         return {n: read_tensor(info) for n, info in read_header(file).items()} if file.is_file() else {}
 
-    def write_rest(self, tensors: Mapping[str, torch.Tensor | TensorInfo]) -> None:
+    def write_rest(
+        self,
+        tensors: Mapping[str, torch.Tensor | TensorInfo],
+        carried: Mapping[str, TensorInfo] | None = None,
+    ) -> None:
         """Write what lies outside the blocks (embeddings, last norm, head), names as in the checkpoint. What is given
-        as a tensor in a file is copied piece by piece and never held whole."""
-        _write(self._block_file(self.blocks), {name: self._stored(name, t) for name, t in tensors.items()})
+        as a tensor in a file is copied piece by piece and never held whole; ``carried`` byte for byte."""
+        held = {name: self._stored(name, t) for name, t in tensors.items()}
+        held |= {name: in_file(info, DTYPES[info.dtype]) for name, info in (carried or {}).items()}
+        _write(self._block_file(self.blocks), held)
 
     def assemble(self, source: Path, config: Mapping[str, Any]) -> Path:
         """Turn the parts into a directory that any reader can load, still under its temporary name; returns it."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab import __version__
 from quantlab.errors import DataError, MachineError, RecipeError
+from quantlab.models.refusals import wrapping
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.progress import Progress
 from quantlab.quant.jobs import Job, Outcome, check, group_key
@@ -260,7 +261,7 @@ def _prepare(
     rows, calibration = calibration_rows(jobs, files, trust)
     probe = None
     if settings.verify:
-        short = probe_rows(rows, int(opened.config.vocab_size))
+        short = probe_rows(rows, int(opened.config.get_text_config().vocab_size))
         probe = ReferencePass(files, short, str(opened.device), plain_dtype(opened), trust)
     group = _Group(jobs, files, opened, rows, calibration, settings, progress, probe)
     for job in jobs:
@@ -485,7 +486,9 @@ def assemble(
     from quantlab.formats import format_module
 
     inside = tuple(f"{opened.stored_prefix}.{index}." for index in range(len(opened.blocks)))
-    plan.writer.write_rest({n: info for n, info in files.tensors.items() if not n.startswith(inside)})
+    rest = {n: info for n, info in files.tensors.items() if not n.startswith(inside)}
+    carried = {n: info for n, info in rest.items() if opened.is_carried(n)}
+    plan.writer.write_rest({n: info for n, info in rest.items() if n not in carried}, carried)
     recipe, held, names = job.recipe, FORMATS[job.recipe.format], opened.names
     layers = dict(widths) if widths else plan.selection.stored()
     aliases = {name: names.in_model(name) for name in layers if names.in_model(name) != name}
@@ -522,5 +525,6 @@ def provenance_record(
         "parent_digest": files.digest,
         "calibration": dict(calibration),
         "experts": files.has_experts,
+        "sees": bool(wrapping(files)),
         "seconds": round(seconds, 3),
     }

@@ -138,7 +138,7 @@ def _by_library(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selectio
     Raises:
         DataError: experts that transformers merges, which it would leave in 16 bits.
     """
-    if (layers.merged or layers.stacked or layers.whole) and recipe.format not in layers.apart:
+    if layers.merged or layers.stacked or layers.whole:
         raise DataError(
             f"{called}: {recipe.format} would leave the experts of {layers.architecture} in 16 bits: transformers "
             "merges them into one parameter",

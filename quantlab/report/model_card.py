@@ -7,6 +7,7 @@ is one), and how to load it with transformers alone.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,21 @@ def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
             f"Calibrated on {calibration.get('rows')} rows of {calibration.get('seq_len')} tokens of "
             f"`{calibration.get('source')}` (digest `{calibration.get('digest')}`)."
         )
+    if made.get("kept"):
+        parts += ["## Layers that stay in 16 bits", _kept(made["kept"])]
     if row is not None:
         parts += ["## Measured", _measured(row)]
     who = readers(layout, str(made.get("experts_unread", "merged" if made.get("experts") else "")))
     install = f"```sh\npip install {' '.join(who.install)}\n```"
     parts += ["## Use", f"{who.text[0].upper()}{who.text[1:]}."]
-    parts += [install, "```python\n" + _snippet(who) + "\n```"]
+    parts += [install, "```python\n" + _snippet(who, sees=bool(made.get("sees"))) + "\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _kept(kept: Mapping[str, str]) -> str:
+    """A line for each kind of name and reason, with how many there are."""
+    counts = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), why) for name, why in kept.items())
+    return "\n".join(f"- `{name}` ({count}): {why}" for (name, why), count in counts.items())
 
 
 def describe(recipe: Mapping[str, Any]) -> str:
@@ -96,7 +105,7 @@ def _on(value: str, conditions: Sequence[str]) -> str:
     return f"{value} ({said})" if value and said else value
 
 
-def _snippet(who: Readers) -> str:
+def _snippet(who: Readers, *, sees: bool = False) -> str:
     if who.right[0] == "quantlab":
         return "\n".join(
             [
@@ -109,12 +118,13 @@ def _snippet(who: Readers) -> str:
         return "\n".join(
             ["from gptqmodel import GPTQModel", "", 'model = GPTQModel.load(".")  # this directory'],
         )
+    opener = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
     return "\n".join(
         [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {opener}, AutoTokenizer",
             "",
             'path = "."  # this directory',
-            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")',
+            f'model = {opener}.from_pretrained(path, device_map="auto")',
             "tokenizer = AutoTokenizer.from_pretrained(path)",
             'inputs = tokenizer("SELECT", return_tensors="pt").to(model.device)',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",

@@ -22,6 +22,7 @@ from quantlab.models.load import load_model
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.checkpoint_paths import state_path
+from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes
 from quantlab.quant.hessian import Collector, InputHessian, fill_up
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
@@ -154,6 +155,7 @@ def test_checkpoints_hold_each_expert_by_itself(saved: Any, text: Path, tmp_path
     assert record["verification"]["passed"]
     assert record["verification"]["how"] == ("separated" if name == "gpt_oss" else "transformers")
     assert record["experts_unread"] == ("stacked" if name == "gpt_oss" else "")
+    assert made.size_bytes == checkpoint_bytes(recipe(text), files)
     packed = [n for n in made.tensors if n.endswith("weight_packed") and ".experts." in n]
     assert len({n.partition(".experts.")[2].partition(".")[0] for n in packed}) == builder.EXPERTS
     assert not [n for n in made.tensors if n.endswith(("gate_up_proj", "experts.down_proj"))]
@@ -171,6 +173,7 @@ def test_ignored_experts_stay_in_their_tensor(saved: Any, text: Path, tmp_path: 
     quantize([Job("q", one, tmp_path / "q")], files, device="cpu", progress=Silent(), verify=True)
     made = open_files(tmp_path / "q")
     assert {n for n in files.tensors if "experts" in n} == {n for n in made.tensors if "experts" in n}
+    assert made.size_bytes == checkpoint_bytes(one, files)
     record = json.loads((tmp_path / "q" / "quantlab.json").read_text(encoding="utf-8"))
     assert record["verification"]["how"] == "transformers" and record["verification"]["passed"]
 

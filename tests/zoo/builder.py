@@ -114,10 +114,6 @@ def build(model_type: str) -> Any:
     for name, parameter in model.named_parameters():
         if any(part in name for part in CALMED.get(model_type, ())):
             parameter.data *= 0.25
-        if parameter.dim() == 2 and len(parameter) == EXPERTS and ("gate" in name or "router" in name):
-            parameter.data *= (
-                8  # routers that are sure of themselves: rounding moves few tokens to another expert
-            )
         if parameter.dim() < 2 and ("norm" in name or name.endswith("bias")):
             parameter.data += 0.2 * (torch.rand_like(parameter) - 0.5)
     return model.eval()

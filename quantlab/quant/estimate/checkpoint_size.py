@@ -56,21 +56,38 @@ def stored_float(files: ModelFiles, wish: str) -> str:
 
 def _packed_bytes(recipe: QuantizeRecipe, files: ModelFiles, chosen: Selection) -> int:
     """One file a block, and one for the rest."""
-    shapes, prefix = layers_of(files).shapes, files.block_prefix + "."
+    layers = layers_of(files)
+    shapes, prefix = layers.shapes, layers.prefix + "."
     plain = stored_float(files, recipe.dtype)
+    held, floating = FORMATS[recipe.format], METHODS[recipe.method].floating
     parts: dict[str, dict[str, Entry]] = {}
+
+    def packed(owner: str) -> dict[str, Entry]:
+        rows, columns = shapes[owner]
+        if owner not in chosen.widths:
+            return {f"{owner}.weight": (plain, (rows, columns))}
+        bits, size, _ = chosen.widths[owner]
+        linear = Linear(rows, columns, bits, 1 if size == -1 else columns // size, plain, floating)
+        return {f"{owner}.{key}": entry for key, entry in held.tensors(linear).items()}
+
+    split: set[str] = set()  # tensors of all experts, in whose place each gets its own
+    for owner, tensors in layers.held_in.items():
+        if owner in chosen.widths or recipe.format in layers.apart:
+            split |= set(tensors)
+    for owner, tensors in layers.held_in.items():
+        if tensors[0] in split:
+            part = parts.setdefault(_block_of(owner, prefix), {})
+            part |= packed(owner)
+            part |= {f"{owner}.bias": (plain, shapes[owner][:1])} if len(tensors) > 1 else {}
     for name, info in files.tensors.items():
+        if name in split:
+            continue
         part = parts.setdefault(_block_of(name, prefix), {})
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and owner in chosen.widths:
-            rows, columns = shapes[owner]
-            bits, size, _ = chosen.widths[owner]
-            groups = 1 if size == -1 else columns // size
-            linear = Linear(rows, columns, bits, groups, plain, METHODS[recipe.method].floating)
-            packed = FORMATS[recipe.format].tensors(linear)
-            part.update({f"{owner}.{key}": entry for key, entry in packed.items()})
+            part |= packed(owner)
         else:
-            part[name] = _as_plain(info, plain)
+            part[name] = (info.dtype, info.shape) if name in layers.carried else _as_plain(info, plain)
     return sum(file_bytes(part) for part in parts.values())
 
 

@@ -143,8 +143,7 @@ def actual(size_bytes: int, memory_bytes: int, seconds: float) -> dict[str, Any]
 
 
 def _blocks(files: ModelFiles) -> list[_Block]:
-    prefix = files.block_prefix + "."
-    linears = layers_of(files).shapes
+    linears, prefix = layers_of(files).shapes, layers_of(files).prefix + "."
     groups: dict[str, dict[tuple[str, int, str], int]] = {}
     parameters: dict[str, int] = {}
     for name, info in files.tensors.items():
@@ -231,7 +230,8 @@ def _is_float32(files: ModelFiles) -> bool:
 
 def _hidden(files: ModelFiles) -> int:
     """Width of the hidden states: what the configuration says, else the commonest input of the blocks."""
-    said = files.config.get("hidden_size")
+    text = files.config.get("text_config")
+    said = (text if isinstance(text, dict) else files.config).get("hidden_size")
     if isinstance(said, int):
         return said
     widths = [columns for _, columns in files.block_linears().values()]

@@ -1,0 +1,25 @@
+"""The walk through the blocks and every solver on tensors that say they are on a GPU (``tests.fake_cuda``), for a dozen
+architectures: a tensor left on the other device fails, and what comes out is what the CPU gives, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import WORDS, byte_tokenizer
+from tests.quant.test_devices import here_and_there, recipe
+from tests.zoo import builder
+from tests.zoo.table import FEW
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_walk_stays_on_its_device(tmp_path: Path, name: str) -> None:
+    model = builder.write(tmp_path / "model", name, byte_tokenizer())
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(WORDS.split() * 20), encoding="utf-8")
+    format = {"format": "compressed-tensors", "group_size": "auto"}
+    if name == "gpt2":
+        format = {"format": "gptq", "group_size": "auto"}
+    recipes = {method: recipe(text, method, **format) for method in ("rtn", "gptq", "awq")}
+    here_and_there(model, tmp_path / "out", recipes)
