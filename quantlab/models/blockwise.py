@@ -163,6 +163,7 @@ class BlockwiseModel:
             apart=self._apart,
             computed=bool(names.computed),
             carried=frozenset(name for name in self.files.tensors if self.is_carried(name)),
+            exact=self.exact,
             traits=found,
         )
 

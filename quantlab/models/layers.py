@@ -36,7 +36,7 @@ class Layers:
     parameter. apart: the quantization methods for which transformers takes experts apart all the same.
     computed: transformers computes other tensors too from those in the files.
     carried: tensors of what surrounds the language model in one that sees, which stay as they are, byte for byte.
-    traits: of those layers in ``shapes`` that have any.
+    exact: parts of the names of tensors that keep their type. traits: of those layers in ``shapes`` that have any.
     """
 
     architecture: str
@@ -52,6 +52,7 @@ class Layers:
     apart: frozenset[str] = frozenset()
     computed: bool = False
     carried: frozenset[str] = frozenset()
+    exact: tuple[str, ...] = ()
     traits: Mapping[str, frozenset[Trait]] = field(default_factory=dict)
 
     @property
@@ -107,7 +108,7 @@ def traits(model: Any) -> dict[str, set[Trait]]:
         if leaf.isdecimal():
             found.setdefault(name, set()).add("numbered")
         owner: Any = type(model.get_submodule(parent))
-        if f"self.{leaf}.weight" in _forward_of(owner):
+        if f"self.{leaf}.weight" in source_of(owner):
             found.setdefault(name, set()).add("read when run")
     names = {id(module): name for name, module in layers.items()}
     with _missing(layers) as missed, torch.no_grad():
@@ -119,7 +120,7 @@ def traits(model: Any) -> dict[str, set[Trait]]:
 
 
 @cache
-def _forward_of(kind: Any) -> str:
+def source_of(kind: Any) -> str:
     """The source of a class's methods but for its construction; empty where there is none to be had."""
     methods = [m for name, m in vars(kind).items() if inspect.isfunction(m) and name != "__init__"]
     try:

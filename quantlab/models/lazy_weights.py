@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from quantlab.models.layers import source_of
+
 LARGE = 64 * 2**20  # bytes of float32 from which a linear is computed in pieces
 
 
@@ -37,12 +39,15 @@ def borrowed(model: nn.Module, weights: Weights, prefix: str = "") -> Iterator[N
     undo: list[Any] = []
     originals: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
     try:
+        with_parent = _read_by_parents(model)
         for name, module in model.named_modules():
             full = f"{prefix}.{name}".strip(".")
             own = [key for key, value in module._parameters.items() if value is not None]
             if not own:
                 continue
             originals.append((module, dict(module._parameters)))
+            if name in with_parent:
+                continue
             if type(module) is nn.Embedding or (
                 type(module) is nn.Linear and 4 * module.weight.numel() > LARGE
             ):
@@ -55,12 +60,39 @@ def borrowed(model: nn.Module, weights: Weights, prefix: str = "") -> Iterator[N
                 continue
             undo.append(module.register_forward_pre_hook(_fetch(weights, full, own)).remove)
             undo.append(module.register_forward_hook(_give_back(originals[-1][1]), always_call=True).remove)
+        for name, (parent, module) in with_parent.items():
+            full, own = (
+                f"{prefix}.{name}".strip("."),
+                [key for key, p in module._parameters.items() if p is not None],
+            )
+            fetch, back = _fetch(weights, full, own), _give_back(dict(module._parameters))
+            undo.append(
+                parent.register_forward_pre_hook(lambda m, args, f=fetch, c=module: f(c, args)).remove
+            )
+            undo.append(
+                parent.register_forward_hook(
+                    lambda m, args, out, b=back, c=module: b(c, args, out), always_call=True
+                ).remove
+            )
         yield
     finally:
         for one in undo:
             one()
         for module, parameters in originals:
             module._parameters.update(parameters)
+
+
+def _read_by_parents(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Modules whose weight or bias the one around them reads by itself, by name, and that one: theirs must be there
+    while it runs."""
+    found = {}
+    for name, parent in model.named_modules():
+        kind: Any = type(parent)
+        source = source_of(kind)
+        for child, module in parent.named_children():
+            if f"self.{child}.weight" in source or f"self.{child}.bias" in source:
+                found[f"{name}.{child}".strip(".")] = (parent, module)
+    return found
 
 
 def _fetch(weights: Weights, name: str, own: list[str]) -> Any:

@@ -87,7 +87,8 @@ def _packed_bytes(recipe: QuantizeRecipe, files: ModelFiles, chosen: Selection) 
         if leaf == "weight" and owner in chosen.widths:
             part |= packed(owner)
         else:
-            part[name] = (info.dtype, info.shape) if name in layers.carried else _as_plain(info, plain)
+            kept = name in layers.carried or any(word in name for word in layers.exact)
+            part[name] = (info.dtype, info.shape) if kept else _as_plain(info, plain)
     return sum(file_bytes(part) for part in parts.values())
 
 

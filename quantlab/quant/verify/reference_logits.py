@@ -117,6 +117,7 @@ class ReferencePass:
         self.rows, self.stored = rows, stored
         self._opened = _Skeleton(files, device, torch.float32, trust_remote_code)
         self._around = FileWeights(self._opened, stored)
+        self._opened.fill_buffers(self._opened.model, "")
         with torch.no_grad(), borrowed(self._opened.model, self._around):
             first, self._calls = self._opened.inputs(rows)
         self._first = torch.cat([first, first])
@@ -130,6 +131,7 @@ class ReferencePass:
         """Hidden states after block ``index`` as it was solved."""
         prefix = f"{self._opened.prefix}.{index}."
         block = self._opened.blocks[index]
+        self._opened.fill_buffers(block, prefix.rstrip("."))
         weights = _SolvedWeights(self._opened, self.stored, prefix, result)
         with borrowed(block, weights, prefix.rstrip(".")):
             if not any(isinstance(module, Experts) for module in block.modules()):
@@ -215,6 +217,7 @@ def _streamed(checkpoint: Path, rows: torch.Tensor, trust_remote_code: bool, *, 
     for name, parts in packed.items():  # a skeleton's matrix has a name of its own again
         plain[f"{name}.weight"] = next(iter(parts.values()))
     opened = _Skeleton(replace(files, tensors=plain), "cpu", torch.float32, trust_remote_code)
+    opened.fill_buffers(opened.model, "")
     ids = torch.cat([rows, rows]) if twice else rows
     rounding = second_half_rounded(opened.blocks, ids.shape) if twice else nullcontext()
     weights = _PackedWeights(opened, files.quantized or {}, packed)
@@ -293,6 +296,16 @@ class _Skeleton(BlockwiseModel):
             for name, parameter in child._parameters.items():
                 if parameter is not None:  # nothing of no size, which can be moved to a device
                     child._parameters[name] = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.fill_buffers(module, prefix, recurse=recurse)
+
+    def fill_buffers(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
+        """Load the buffers that the files hold (a router's corrections, a block's scale), and move all to the
+        device."""
+        for name, buffer in module.named_buffers(recurse=recurse):
+            held = self.read(f"{prefix}.{name}" if prefix else name)
+            owner, _, leaf = name.rpartition(".")
+            value = buffer if held is None else held.to(buffer.dtype)
+            module.get_submodule(owner)._buffers[leaf] = value.to(self.device)
 
     def empty(self, module: nn.Module) -> None:
         pass
