@@ -35,7 +35,6 @@ R = TypeVar("R", bound=BaseRecipe)
 EMBEDDED_CALIBRATION, EMBEDDED_TEXT = "calib/ko-text2sql.jsonl", "heldout.txt"
 WINDOW, PROMPT, ANSWER = 512, 128, 32  # tokens
 SHORTEST = 8  # tokens of a window
-EXPERTS = r"re:\.experts\.\d+\."
 MOST = 0.9  # share of the weights, of those that another layout could hold, that the method's own has to hold
 
 
@@ -133,7 +132,7 @@ def _layout(recipe: QuantizeRecipe, layers: Layers) -> Iterator[tuple[str, Any]]
     """Another layout than the method's own where transformers would not read that right."""
     if "format" in recipe.named() or recipe.format not in PACKING:
         return
-    from quantlab.quant.selection import coverage, reads_experts
+    from quantlab.quant.selection import EXPERTS, coverage, reads_experts
 
     def possible(format: str) -> bool:
         held = FORMATS[format]

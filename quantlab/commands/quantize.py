@@ -47,6 +47,9 @@ from quantlab.runs.leaderboard import rebuild_leaderboard
 from quantlab.runs.run import Run
 
 
+USUAL_SIZE = 128  # what `group_size: auto` comes to for most models
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line, parsed."""
@@ -149,11 +152,12 @@ def quantize_and_measure(
     if said := note_texts([recipe for _, recipe in recipes], files, measured=options.evaluate):
         progress.note(said)
     trust = options.trust_remote_code
-    recipes = [(name, settle(recipe, files, trust)) for name, recipe in recipes]
-    for name, recipe in recipes:
+    written = recipes
+    recipes = [(name, settle(recipe, files, trust)) for name, recipe in written]
+    for (name, recipe), (_, before) in zip(recipes, written, strict=True):
         # a misfit is the first thing to know, before what is in the way
         check(recipe, files, trust_remote_code=trust)
-        _note_layers(name, recipe, files, progress)
+        _note_layers(name, before, recipe, files, progress)
     items = plan_items(recipes, options, files)
     for item in items:
         if item.solve and item.out is not None:
@@ -179,12 +183,15 @@ def quantize_and_measure(
     }
 
 
-def _note_layers(name: str, recipe: QuantizeRecipe, files: ModelFiles, progress: Progress) -> None:
-    """Say which layers stay in 16 bits, where any do, and a group size that was chosen and is not the usual one."""
+def _note_layers(
+    name: str, written: QuantizeRecipe, recipe: QuantizeRecipe, files: ModelFiles, progress: Progress
+) -> None:
+    """Say which layers stay in 16 bits, where any do, and a group size or format that was chosen for the model."""
     said = described(recipe, files)
-    if len(said) > 1 or (said and "groups of 128" not in said[0] and recipe.group_size == "auto"):
+    sized = written.group_size == "auto" and recipe.group_size != USUAL_SIZE
+    if sized or len(said) > 1 or written.format != recipe.format:
         for line in said:
-            progress.note(f"{name}: {line}")
+            progress.note(f"{Path(name).stem}, {recipe.format}: {line}")
 
 
 def check_device(device: str) -> None:

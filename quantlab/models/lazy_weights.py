@@ -38,42 +38,22 @@ def borrowed(model: nn.Module, weights: Weights, prefix: str = "") -> Iterator[N
     """Let ``model`` run inside; ``prefix`` is its name in the names that ``weights`` know."""
     undo: list[Any] = []
     originals: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+    with_parent = _read_by_parents(model)
     try:
-        with_parent = _read_by_parents(model)
         for name, module in model.named_modules():
             full = f"{prefix}.{name}".strip(".")
-            own = [key for key, value in module._parameters.items() if value is not None]
-            if not own:
+            if all(value is None for value in module._parameters.values()):
                 continue
             originals.append((module, dict(module._parameters)))
-            if name in with_parent:
-                continue
-            if type(module) is nn.Embedding or (
-                type(module) is nn.Linear and 4 * module.weight.numel() > LARGE
-            ):
+            looked_up = type(module) is nn.Embedding
+            large = type(module) is nn.Linear and 4 * module.weight.numel() > LARGE
+            if name not in with_parent and (looked_up or large):
                 module.forward = _Piecewise(module, weights, full)  # type: ignore[assignment]
-                if (
-                    type(module) is nn.Embedding
-                ):  # some models send token ids where its weight is: not to nowhere
+                if looked_up:  # some models send token ids where its weight is: not to nowhere
                     module._parameters["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
                 undo.append(lambda m=module: m.__dict__.pop("forward", None))
-                continue
-            undo.append(module.register_forward_pre_hook(_fetch(weights, full, own)).remove)
-            undo.append(module.register_forward_hook(_give_back(originals[-1][1]), always_call=True).remove)
-        for name, (parent, module) in with_parent.items():
-            full, own = (
-                f"{prefix}.{name}".strip("."),
-                [key for key, p in module._parameters.items() if p is not None],
-            )
-            fetch, back = _fetch(weights, full, own), _give_back(dict(module._parameters))
-            undo.append(
-                parent.register_forward_pre_hook(lambda m, args, f=fetch, c=module: f(c, args)).remove
-            )
-            undo.append(
-                parent.register_forward_hook(
-                    lambda m, args, out, b=back, c=module: b(c, args, out), always_call=True
-                ).remove
-            )
+            else:
+                undo += _lend(with_parent.get(name, module), module, weights, full)
         yield
     finally:
         for one in undo:
@@ -82,34 +62,34 @@ def borrowed(model: nn.Module, weights: Weights, prefix: str = "") -> Iterator[N
             module._parameters.update(parameters)
 
 
-def _read_by_parents(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Modules whose weight or bias the one around them reads by itself, by name, and that one: theirs must be there
+def _lend(runs: nn.Module, module: nn.Module, weights: Weights, name: str) -> list[Any]:
+    """Have ``module``'s parameters there while ``runs`` runs; what undoes that."""
+    parameters = dict(module._parameters)
+
+    def before(_: nn.Module, args: Any) -> None:
+        for key, held in parameters.items():
+            value = None if held is None else weights.whole(f"{name}.{key}")
+            if value is not None:
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+
+    def after(_: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(parameters)
+
+    hooks = [runs.register_forward_pre_hook(before), runs.register_forward_hook(after, always_call=True)]
+    return [hook.remove for hook in hooks]
+
+
+def _read_by_parents(model: nn.Module) -> dict[str, nn.Module]:
+    """By the names of modules whose weight or bias the one around them reads by itself: that one. Theirs must be there
     while it runs."""
     found = {}
     for name, parent in model.named_modules():
         kind: Any = type(parent)
         source = source_of(kind)
-        for child, module in parent.named_children():
+        for child, _ in parent.named_children():
             if f"self.{child}.weight" in source or f"self.{child}.bias" in source:
-                found[f"{name}.{child}".strip(".")] = (parent, module)
+                found[f"{name}.{child}".strip(".")] = parent
     return found
-
-
-def _fetch(weights: Weights, name: str, own: list[str]) -> Any:
-    def before(module: nn.Module, args: Any) -> None:
-        for key in own:
-            value = weights.whole(f"{name}.{key}")
-            if value is not None:
-                module._parameters[key] = nn.Parameter(value, requires_grad=False)
-
-    return before
-
-
-def _give_back(parameters: dict[str, nn.Parameter | None]) -> Any:
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(parameters)
-
-    return after
 
 
 class _Piecewise:

@@ -30,6 +30,8 @@ SUBCLASS = "bitsandbytes passes over subclasses of nn.Linear"
 AUTO_SIZES = (128, 64, 32)
 AUTO = 0  # a group size that is still to be chosen
 IGNORED = "the recipe ignores it"
+EXPERTS = r"re:\.experts\.\d+\."  # what is ignored where a recipe names no format and none is read
+UNREAD = "transformers reads such experts packed in no format"
 
 
 class Width(NamedTuple):
@@ -97,7 +99,7 @@ def select(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
         odd = [held.unread[trait] for trait in sorted(layers.traits.get(name, ())) if trait in held.unread]
         if pattern := _first(recipe.ignore, name):
             used.add(pattern)
-            kept[name] = IGNORED
+            kept[name] = UNREAD if pattern == EXPERTS else IGNORED
             continue
         wish = Width(max(recipe.widths), _size(recipe.group_size))
         if pattern := _first(recipe.overrides, name):

@@ -15,6 +15,8 @@ from quantlab.recipe.load import json_schema, parse_recipe
 
 WIDTH = 100  # of the help texts
 
+ROOT = Path(__file__).parents[2]
+
 
 class Key(NamedTuple):
     """One key of a recipe. `default` is JSON, "" for a required key; `section` for a key that holds other keys."""
@@ -201,8 +203,8 @@ def formats() -> list[Format]:
             found.about,
             found.bits,
             tuple(words[ability] for ability in words if getattr(found, ability)),
-            readers(name, experts=False).text,
-            readers(name, experts=True).text,
+            readers(name).text,
+            readers(name, "merged").text,
         )
         for name, found in FORMATS.items()
     ]
@@ -260,3 +262,15 @@ def head(path: Path) -> str:
             break
         lines.append(line.removeprefix("#").removeprefix(" "))
     return "\n".join(lines)
+
+
+def architectures() -> dict[str, Any]:
+    """What the sweep over all architectures found, by model type."""
+    found: dict[str, Any] = json.loads((ROOT / "results" / "architectures.json").read_text(encoding="utf-8"))
+    return found
+
+
+def transformers_version() -> str:
+    """The version in constraints.txt, which the sweep was made with."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    return next(line.partition("==")[2] for line in text.splitlines() if line.startswith("transformers=="))
