@@ -46,7 +46,6 @@ from quantlab.report.model_card import write_model_card
 from quantlab.runs.leaderboard import rebuild_leaderboard
 from quantlab.runs.run import Run
 
-
 USUAL_SIZE = 128  # what `group_size: auto` comes to for most models
 
 

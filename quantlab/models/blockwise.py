@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from quantlab.errors import DataError, first_line
 from quantlab.models.block_inputs import BlockInputs, Dependent, record
-from quantlab.models.experts import merged, separate, stacks, taken_apart
+from quantlab.models.experts import Part, merged, separate, stacks, taken_apart
 from quantlab.models.layers import Layers, Trait, is_layer, linears, matrix, traits
 from quantlab.models.refusals import refuse_other_kinds, wrapping
 from quantlab.models.safetensors.files import ModelFiles
@@ -49,24 +49,29 @@ class BlockwiseModel:
         self.files, self.device, self.dtype, self.stored = files, torch.device(device), dtype, stored or dtype
         self.model = skeleton(files, dtype, trust_remote_code)
         self.config: Any = self.model.config
-        plain = renamed(self.model, files.tensors)
-        before = merged(self.model)
-        self._apart = taken_apart(type(module).__name__ for module in before.values())
-        apart = separate(self.model, conversions(self.model)[1], plain=plain)
-        whole = {part.parameter.rpartition(".")[0] for part in apart.values()}
-        self.merged = bool(before.keys() - merged(self.model).keys() - whole)
+        parts = self._separate_experts()
         self._text = language_model(self.model)
         self.prefix, self.blocks = find_blocks(self.model)
         refuse_blocks(self.model, self.blocks, files.name)
         shapes = {name: info.shape for name, info in files.tensors.items()}
-        held = {name: part._replace(parameter=plain[part.parameter]) for name, part in apart.items()}
-        self.names = Names(self.model, shapes, files.name, parts=held)
+        self.names = Names(self.model, shapes, files.name, parts=parts)
         self.stored_prefix = self.names.on_disk(f"{self.prefix}.0").rpartition(".")[0]
         self.returned: int | None = None  # see RETURNED; known once a row went through
         strict = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         half = getattr(self.model, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()
         # Parts of the names of what is computed in float32 whatever the dtype.
         self.exact: tuple[str, ...] = tuple({*strict, *half})
+
+    def _separate_experts(self) -> dict[str, Part]:
+        """Take experts apart; returns where those of their tensors lie that the files hold as parts of others."""
+        plain, before = renamed(self.model, self.files.tensors), merged(self.model)
+        self._apart = taken_apart(type(module).__name__ for module in before.values())
+        parts = separate(self.model, conversions(self.model)[1], plain=plain)
+        stacked = {part.parameter.rpartition(".")[0] for part in parts.values()}
+        self.merged = bool(
+            before.keys() - merged(self.model).keys() - stacked
+        )  # by transformers, while it loads
+        return {name: part._replace(parameter=plain[part.parameter]) for name, part in parts.items()}
 
     def fill(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
         """Load the parameters and stored buffers of ``module``, ``prefix`` in the skeleton, onto the device."""

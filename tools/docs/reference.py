@@ -210,12 +210,13 @@ def architectures() -> str:
     parts = [
         "# Architectures",
         f"Every causal language model of transformers {sources.transformers_version()} that can be made tiny: random "
-        "weights, hidden size 128, two blocks, all else as its class has it. Each was quantized by rtn, gptq and awq at "
-        "8 and at 4 bits, in groups of 32 where these fit, with nothing else said, and read back by plain transformers. "
-        f"**{len(right)} are read back right, {len(refused)} are refused in one line before any work, none is wrong.**",
-        "Right means: at 8 bits the logits differ by less than 3 % from the original's, and at 4 bits gptq and awq come "
-        "closer to them than rtn does on the calibration rows. Of mixtures those tokens are compared that go to the "
-        "same experts. How good a format is these random models do not say; whether it is read right they do. "
+        "weights, hidden size 128, two blocks, all else as its class has it. Each was quantized by rtn, gptq and awq "
+        "at 8 and at 4 bits, in groups of 32 where these fit, with nothing else said, and read back by plain "
+        f"transformers. **{len(right)} are read back right, {len(refused)} are refused in one line before any work, "
+        "none is wrong.**",
+        "Right means: at 8 bits the logits differ by less than 3 % from the original's, and at 4 bits gptq and awq "
+        "come closer to them than rtn does on the calibration rows. Of mixtures those tokens are compared that go to "
+        "the same experts. How good a format is these random models do not say; whether it is read right they do. "
         "`python -m tests.zoo.sweep --out results/architectures.json` repeats it; `quantlab doctor --model MODEL` says "
         "the same of a model at hand.",
         table(head, rows).rstrip(),
