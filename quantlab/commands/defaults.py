@@ -45,7 +45,7 @@ def settle(recipe: R, files: ModelFiles, trust_remote_code: bool = False) -> R:
     Raises:
         QuantlabError: as ``quant.selection.select``, and for a model that cannot be quantized.
     """
-    found = _filled(recipe, _open_keys(recipe, files))
+    found = settle_texts(recipe, files)
     if (
         not isinstance(found, QuantizeRecipe)
         or not METHODS[found.method].solve
@@ -61,6 +61,11 @@ def settle(recipe: R, files: ModelFiles, trust_remote_code: bool = False) -> R:
     if found.group_size == "auto" and len(chosen.sizes()) == 1 and not chosen.kept:
         found = _filled(found, [("group_size", chosen.sizes()[0])])
     return found
+
+
+def settle_texts(recipe: R, files: ModelFiles) -> R:
+    """The recipe with texts, windows and lengths filled in, which needs no torch."""
+    return _filled(recipe, _open_keys(recipe, files))
 
 
 def _filled(recipe: R, keys: Iterable[tuple[str, Any]]) -> R:
@@ -82,7 +87,7 @@ def note_texts(recipes: Sequence[BaseRecipe], files: ModelFiles, *, measured: bo
     for recipe in recipes:
         for key in _text_keys(recipe):
             if not _is_named(recipe, key) and (measured or not key.startswith("tasks.")):
-                keys = used.setdefault(_value(settle(recipe, files), key), [])
+                keys = used.setdefault(_value(settle_texts(recipe, files), key), [])
                 keys += [key] if key not in keys else []
     if not used:
         return ""

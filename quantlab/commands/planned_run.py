@@ -108,6 +108,15 @@ def plan_work(
     return PlannedRun(name, recipe, results, files, data, model, row)
 
 
+def check_data(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -> None:
+    """Refuse data that is bad, before anything heavy is imported; that of tasks only where they are `measured`."""
+    check_lengths(recipe, files, measured=measured)
+    for task in recipe.evaluate if measured else []:
+        data_digest(recipe, task)
+    if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
+        text_digest(recipe.calibration.source)
+
+
 def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -> None:
     """Refuse windows longer than the model's positions, all at once and with what to set; those of tasks only where
     they are `measured`."""

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantlab.commands.defaults import note_texts, settle
+from quantlab.commands.defaults import note_texts, settle, settle_texts
 from quantlab.commands.guard import print_json, stdout_is_stderr
 from quantlab.commands.measure import Entry, Evaluator
 from quantlab.commands.planned_run import (
     COMPARED,
     PlannedRun,
+    check_data,
     check_weights,
     find_baseline,
     open_model,
@@ -151,6 +152,8 @@ def quantize_and_measure(
     if said := note_texts([recipe for _, recipe in recipes], files, measured=options.evaluate):
         progress.note(said)
     trust = options.trust_remote_code
+    for _, recipe in recipes:
+        check_data(settle_texts(recipe, files), files, measured=options.evaluate)
     written = recipes
     recipes = [(name, settle(recipe, files, trust)) for name, recipe in written]
     for (name, recipe), (_, before) in zip(recipes, written, strict=True):

@@ -144,7 +144,8 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
 PART = {"hidden_size": 8}
 WRAPPERS: dict[str, Any] = {
     "gemma 3": _text_config,
-    "llava": lambda c: {"architectures": ["LlavaForConditionalGeneration"], "text_config": c, "vision_config": PART},
+    "hears and sees": lambda c: {"architectures": ["MiniCPMO"], "text_config": c, "vision_config": PART,
+                                 "audio_config": PART},
     "internvl": lambda c: c | {"architectures": ["InternVLChatModel"], "llm_config": c, "vision_config": PART},
     "qwen vl of old": lambda c: c | {"architectures": ["QWenLMHeadModel"], "visual": {"width": 1664}},
     "audio": lambda c: {"architectures": ["Qwen2AudioForConditionalGeneration"], "audio_config": PART},

@@ -99,7 +99,7 @@ def test_the_head_alone_gives_the_logits_of_the_model(kind: str, tmp_path: Path)
     probe = Probe(hidden)
     for index, call in enumerate(calls):
         probe.forward(model.block(index), call)
-    with head(model, probe.packed) as logits, torch.no_grad():
+    with head(model) as logits, torch.no_grad():
         found = logits(probe.states[-1])
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ROWS).logits
     assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
