@@ -155,7 +155,7 @@ def open_pass(
             shape = (
                 len(rows),
                 *first_states.shape[1:],
-            )  # [rows, seq_len, hidden], in some with streams between
+            )  # [rows, seq_len, hidden], or with streams before hidden
             states = Activations.make(shape, first_states.dtype, spill=folder, device=opened.device, key=key)
             fresh.append(states)
         walk.streams.append(Stream(states, members, quantized))
@@ -216,9 +216,8 @@ class _Step:
     walk: SequentialPass
     index: int
     block: nn.Module
-    starved: dict[str, int] = field(
-        default_factory=dict
-    )  # experts with too few tokens, by name in the block's files
+    # Experts with too few tokens: how many, by name relative to the block in the files.
+    starved: dict[str, int] = field(default_factory=dict)
 
     def run(self, stream: Stream, *, last: bool) -> None:
         states, pending = stream.states, [p for p in stream.plans if not p.writer.has_block(self.index)]
@@ -294,21 +293,23 @@ class _Step:
         """Solve the plans, those that differ in their grids alone at once, and let go of each result that was used."""
         groups: dict[tuple[Any, ...], list[Plan]] = {}
         for plan in pending:
-            groups.setdefault((plan.method, *sorted(plan.options.items())), []).append(plan)
+            key = (plan.method, self._fixed(plan), *sorted(plan.options.items()))
+            groups.setdefault(key, []).append(plan)
         structures = self.walk.structures
         found = None
         if structures is not None and any("folds" in METHODS[p.method].needs for p in pending):
-            found = structures.of(self.index, self.block).without(self._fixed(pending))
+            found = structures.of(self.index, self.block)
         seen = view(self.block, moments, found, {} if len(groups) > 1 else None, self._as_stored, forward)
-        for plans in groups.values():
+        for (_, fixed, *_), plans in groups.items():
             started = time.perf_counter()
+            mine = replace(seen, structure=seen.structure.without(fixed))
             solved = load(METHODS[plans[0].method].solve or "")(
-                seen, [self._grids(p, "") for p in plans], **plans[0].options
+                mine, [self._grids(p, "") for p in plans], **plans[0].options
             )
             for plan in plans:
                 plan.seconds += (time.perf_counter() - started) / len(plans)
             for plan in plans:
-                yield plan, self._overridden(plan, seen, solved.pop(0))
+                yield plan, self._overridden(plan, mine, solved.pop(0))
 
     def _grids(self, plan: Plan, method: str) -> dict[str, Grid]:
         """The grids of the block's layers, by name in it, that a plan quantizes by a ``method`` of their own, or, where
@@ -369,17 +370,20 @@ class _Step:
             self.index, tensors, losses, None if plan.probe is None else {"probe": plan.probe}, self.starved
         )
 
-    def _fixed(self, plans: Sequence[Plan]) -> set[str]:
-        """Parameters of the block that the checkpoint holds in another form than the skeleton, so that no scale can be
-        moved into them: what is computed, and experts that one of the ``plans`` leaves in one tensor."""
+    def _fixed(self, plan: Plan) -> frozenset[str]:
+        """Parameters of the block that no scale can be moved into: those that the checkpoint holds in another form than
+        the skeleton (what is computed, experts that the plan leaves in one tensor), and layers with a method of their
+        own that is solved from the statistics of inputs without a scale."""
         prefix, names = f"{self.opened.prefix}.{self.index}.", self.opened.names
-        chosen = [{names.in_model(name) for name in plan.selection.widths} for plan in plans]
-        left = {
-            name
-            for name in names.parts
-            if name.startswith(prefix) and not all(name.rpartition(".")[0] in of for of in chosen)
-        }
-        return {name.removeprefix(prefix) for name in (*names.computed, *left)}
+        found = [name for name in names.computed if name.startswith(prefix)]
+        for name in names.parts:
+            owner = names.on_disk(name.rpartition(".")[0])
+            if name.startswith(prefix) and owner not in plan.selection.widths:
+                found.append(name)
+        for stored, width in plan.selection.widths.items():
+            if width.method and "hessian" in METHODS[width.method].needs:
+                found.append(f"{names.in_model(stored)}.weight")
+        return frozenset(name.removeprefix(prefix) for name in found if name.startswith(prefix))
 
     def _split(self, plan: Plan, result: BlockResult) -> set[str]:
         """Tensors of the files, of all experts, in whose place each expert gets its own: where any is quantized."""

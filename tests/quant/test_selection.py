@@ -264,3 +264,24 @@ def test_experts_of_several_widths_are_refused_where_they_are_merged(tmp_path: P
     files = open_files(write_mixture(tmp_path / "m"))
     with pytest.raises(RecipeError, match="one width and group size for all experts"):
         settle(recipe(group_size=32, overrides={"w2": {"bits": 8}}), files)
+
+
+def test_in_company_a_recipe_gives_what_it_gives_alone(model: ModelFiles, text: Path, tmp_path: Path) -> None:
+    """What one recipe leaves out or treats differently does not move the scales of another in the same pass."""
+    common = {"method": "awq", "bits": 4, "group_size": 32, "format": "awq"}
+    common |= {"calibration": {"source": str(text), "rows": 6, "seq_len": 48}}
+    changes: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "ignoring": {"ignore": ["k_proj"]},
+        "overridden": {"overrides": {"v_proj": {"method": "gptq"}, "up_proj": {"method": "rtn"}}},
+    }
+    recipes = {name: QuantizeRecipe.model_validate(common | change) for name, change in changes.items()}
+    jobs = [Job(name, one, tmp_path / "together" / name) for name, one in recipes.items()]
+    quantize(jobs, model, device="cpu", progress=Silent())
+    for name, one in recipes.items():
+        quantize([Job(name, one, tmp_path / "alone" / name)], model, device="cpu", progress=Silent())
+        for file in sorted((tmp_path / "alone" / name).glob("*.safetensors")):
+            assert file.read_bytes() == (tmp_path / "together" / name / file.name).read_bytes(), (
+                name,
+                file.name,
+            )
