@@ -27,7 +27,6 @@ import torch
 from torch import nn
 
 MINIATURE = 8  # hidden size and width of the experts that are tried
-SMALLEST = 16  # rows and columns of a matrix among many in one parameter; convolutions have fewer
 
 
 class Part(NamedTuple):
@@ -152,15 +151,12 @@ def merged(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stacks(blocks: nn.Module, prefix: str) -> list[str]:
-    """Modules in the blocks, by full name, that hold many matrices in one parameter: experts that were not taken
-    apart."""
+    """Modules of experts in the blocks, by full name, that hold one matrix each in one parameter: not taken apart."""
     return [
         f"{prefix}.{name}"
         for name, module in blocks.named_modules()
-        if any(
-            p is not None and p.dim() == 3 and min(p.shape[1:]) >= SMALLEST
-            for p in module._parameters.values()
-        )
+        if "expert" in f"{name} {type(module).__name__}".lower()
+        and any(p is not None and p.dim() == 3 for p in module._parameters.values())
     ]
 
 
