@@ -103,7 +103,12 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _row(name: str, recipe: QuantizeRecipe, one: Forecast, files: ModelFiles) -> dict[str, Any]:
     said: dict[str, Any] = {"method": recipe.method, "bits": recipe.bits, "format": recipe.format}
-    return {"recipe": Path(name).stem, **said, **one.record(), "layers": described(recipe, files)}
+    return {
+        "recipe": Path(name).name.removesuffix(".yaml"),
+        **said,
+        **one.record(),
+        "layers": described(recipe, files),
+    }
 
 
 def _machine(wish: str) -> tuple[str, int]:

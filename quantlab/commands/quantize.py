@@ -193,7 +193,7 @@ def _note_layers(
     sized = written.group_size == "auto" and recipe.group_size != USUAL_SIZE
     if sized or len(said) > 1 or written.format != recipe.format:
         for line in said:
-            progress.note(f"{Path(name).stem}, {recipe.format}: {line}")
+            progress.note(f"{Path(name).name.removesuffix('.yaml')}, {recipe.format}: {line}")
 
 
 def check_device(device: str) -> None:
