@@ -5,7 +5,7 @@ Told from configuration, headers and skeleton; no weight is read.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,6 @@ def examine(ref: str, trust_remote_code: bool = False) -> dict[str, Any]:
 
     files = open_model(ref)
     layers = layers_of(files, trust_remote_code)
-    weights = sum(map(math.prod, layers.shapes.values()))
     return {
         "model": ref,
         "model_type": files.config.get("model_type"),
@@ -49,7 +48,7 @@ def examine(ref: str, trust_remote_code: bool = False) -> dict[str, Any]:
         "parameters": files.params,
         "blocks": layers.blocks,
         "layers": len(layers.shapes),
-        "in_layers": weights / max(files.params, 1),
+        "in_layers": layers.weights(layers.shapes) / max(files.params, 1),
         "experts": len(layers.experts),
         "carried": dict(layers.kept),
         "formats": {name: _in_format(name, files, layers) for name in (*PACKING, "bitsandbytes")},
@@ -64,9 +63,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{found['model']}: {found['architecture']} ({found['model_type']}), {found['parameters']:,} parameters",
         f"{found['blocks']} blocks with {found['layers']} layers{experts}: {found['in_layers']:.1%} of the parameters",
     ]
-    counts: dict[str, int] = {}
-    for why in found["carried"].values():
-        counts[why] = counts.get(why, 0) + 1
+    counts = Counter(found["carried"].values())
     text += [f"{count} stay in 16 bits whatever the format: {why}" for why, count in counts.items()]
     text += ["", "formats, with groups that fit"]
     for name, one in found["formats"].items():
@@ -92,11 +89,8 @@ def _in_format(name: str, files: ModelFiles, layers: Layers) -> dict[str, Any]:
         chosen = select(QuantizeRecipe.model_validate(asked), layers, files.name)
     except QuantlabError as error:
         return {"problem": str(error).removeprefix(f"{files.name}: "), "share": 0.0}
-    share = sum(math.prod(layers.shapes[n]) for n in chosen.widths) / max(files.params, 1)
-    left: dict[str, int] = {}
-    for layer, why in chosen.kept.items():
-        if layer not in layers.kept:
-            left[why] = left.get(why, 0) + 1
+    share = layers.weights(chosen.widths) / max(files.params, 1)
+    left = Counter(why for layer, why in chosen.kept.items() if layer not in layers.kept)
     who = readers(name, chosen.unread)
     return {"problem": "", "share": share, "left": left, "readers": who.text, "group_sizes": chosen.sizes()}
 

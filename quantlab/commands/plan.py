@@ -1,7 +1,8 @@
 """`quantlab plan`: what recipes will take on a model, before anything starts: size, disk, memory, seconds.
 
 Nothing of the model is read but its configuration and headers. What would be refused is refused here too. The seconds
-rest on rates that are measured for a third of a second."""
+rest on rates that are measured for a third of a second.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ class BlockwiseModel:
 
     def _separate_experts(self) -> dict[str, Part]:
         """Take experts apart; returns where those of their tensors lie that the files hold as parts of others."""
-        plain, before = renamed(self.model, self.files.tensors), merged(self.model)
+        before = merged(self.model)
+        plain = renamed(self.model, self.files.tensors) if before else {}
         self._apart = taken_apart(type(module).__name__ for module in before.values())
         parts = separate(self.model, conversions(self.model)[1], plain=plain)
         stacked = {part.parameter.rpartition(".")[0] for part in parts.values()}
@@ -136,9 +137,9 @@ class BlockwiseModel:
         held_in: dict[str, tuple[str, ...]] = {}
         plain, experts = set(), set()
         for name, module in self.model.named_modules():
-            stored = names.on_disk(name)
             if not is_layer(module):
                 continue
+            stored = names.on_disk(name)
             if name not in inside:
                 plain.add(stored)
             elif any(part in name for part in exact):

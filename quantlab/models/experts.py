@@ -223,8 +223,6 @@ def _list(
 def _kind(module: nn.Module) -> Kind:
     """What a class says of how it keeps its experts."""
     held, kind = module._parameters, type(module)
-    down = held["down_proj"]
-    assert down is not None
     gated = "gate_up_proj" in held
     sorted_ = len(inspect.signature(kind.forward).parameters) == 2
     transposed = bool(getattr(module, "is_transposed", False)) or sorted_
@@ -277,7 +275,7 @@ def _alike(module: nn.Module, roles: tuple[str, ...], kind: Kind) -> bool:
         shape = shapes[name][::-1] if kind.transposed else shapes[name]
         values[name] = nn.Parameter(torch.randn(2, *shape, generator=seeded))
     small = copy.copy(module)
-    small.__dict__ = dict(module.__dict__) | dict.fromkeys(("num_experts",), 2)
+    small.__dict__ = dict(module.__dict__) | {"num_experts": 2}
     small.__dict__ |= dict.fromkeys(
         ("hidden_dim", "hidden_size", "intermediate_dim", "intermediate_size", "expert_dim"), size
     )

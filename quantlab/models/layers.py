@@ -8,7 +8,8 @@ GPT-2's ``Conv1D``, which keeps the same matrix transposed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -54,6 +55,10 @@ class Layers:
     carried: frozenset[str] = frozenset()
     exact: tuple[str, ...] = ()
     traits: Mapping[str, frozenset[Trait]] = field(default_factory=dict)
+
+    def weights(self, names: Iterable[str]) -> int:
+        """How many weights these layers have together."""
+        return sum(math.prod(self.shapes[name]) for name in names)
 
     @property
     def stacked(self) -> bool:

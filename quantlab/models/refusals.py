@@ -2,7 +2,8 @@
 
 Every verb asks :func:`refuse_unusable` before heavy work, so that a model is refused at once, in one line, and in the
 same words by every method. Whether the weights are numbers takes a reading of all of them and is asked last:
-``finite.refuse_nonfinite``."""
+``finite.refuse_nonfinite``.
+"""
 
 from __future__ import annotations
 

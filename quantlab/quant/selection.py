@@ -12,8 +12,8 @@ merge and unpack alike.
 
 from __future__ import annotations
 
-import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -157,15 +157,18 @@ def _by_library(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selectio
 def summary(chosen: Selection, layers: Layers, params: int) -> list[str]:
     """What a recipe does with a model, in lines for people: how much is quantized, and what stays as it is, why, and
     how often. ``params``: of the whole model."""
-    share = sum(math.prod(layers.shapes[name]) for name in chosen.widths) / max(params, 1)
+    share = layers.weights(chosen.widths) / max(params, 1)
     sizes = ", ".join(f"groups of {size}" if size > 0 else "per channel" for size in chosen.sizes())
     lines = [f"{len(chosen.widths)} layers are quantized ({sizes}), {share:.1%} of the parameters"]
-    counts: dict[tuple[str, str], int] = {}
-    for name, why in chosen.kept.items():
-        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), why)
-        counts[key] = counts.get(key, 0) + 1
-    lines += [f"{name} stays in 16 bits ({count}): {why}" for (name, why), count in counts.items()]
+    lines += [
+        f"{name} stays in 16 bits ({count}): {why}" for (name, why), count in alike(chosen.kept).items()
+    ]
     return lines
+
+
+def alike(kept: Mapping[str, str]) -> Counter[tuple[str, str]]:
+    """How many layers stay by name, the same in every block, and reason."""
+    return Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), why) for name, why in kept.items())
 
 
 def matches(pattern: str, name: str) -> bool:

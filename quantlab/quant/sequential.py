@@ -316,7 +316,7 @@ class _Step:
         that is empty, by its method."""
         found = {}
         for name in linears(self.block):
-            stored = self.opened.names.on_disk(f"{self.opened.prefix}.{self.index}.{name}")
+            stored = self._on_disk(name)
             width = plan.selection.widths.get(stored)
             if width is not None and width.method == method:
                 found[name] = plan.grid_of(stored)
@@ -353,7 +353,7 @@ class _Step:
                 continue
             if owner in result.quantized and leaf == "weight":
                 q, stored = result.quantized[owner], self._stored(owner)
-                grid = plan.grid_of(f"{self.opened.stored_prefix}.{self.index}.{stored}")
+                grid = plan.grid_of(self._on_disk(owner))
                 packed = pack(
                     q.codes, q.scales, q.zeros, q.group_of,
                     bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric,
@@ -412,11 +412,13 @@ class _Step:
         """A parameter of the block in the dtype that it is stored in."""
         return self.opened.as_stored(f"{self.opened.prefix}.{self.index}.{name}", tensor)
 
+    def _on_disk(self, name: str) -> str:
+        """The full name in the files of a module or tensor of the block."""
+        return self.opened.names.on_disk(f"{self.opened.prefix}.{self.index}.{name}")
+
     def _stored(self, name: str) -> str:
         """The name in the files, relative to the block, of a module or tensor of the block."""
-        opened = self.opened
-        full = opened.names.on_disk(f"{opened.prefix}.{self.index}.{name}")
-        return full.removeprefix(f"{opened.stored_prefix}.{self.index}.")
+        return self._on_disk(name).removeprefix(f"{self.opened.stored_prefix}.{self.index}.")
 
     def _carry(self, plan: Plan, result: BlockResult | None, states: Activations | None) -> None:
         """Run the plan's probe, and states that follow the plan, through the block as its checkpoint has it."""
@@ -439,7 +441,7 @@ class _Step:
         for name, parameter in self.block.named_parameters():
             if not name.endswith(".weight") or name.removesuffix(".weight") not in result.quantized:
                 value = result.replaced.get(name, parameter.detach())
-                full = f"{self.opened.stored_prefix}.{self.index}.{self._stored(name)}"
+                full = self._on_disk(name)
                 yield name, value.to(plan.writer.dtype_of(full, value.dtype))
 
     def _stored_values(self, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
@@ -451,7 +453,7 @@ class _Step:
             stored = self._stored(owner)
             if leaf == "weight" and f"{stored}.{suffixes[0]}" in tensors:
                 parts = {s: tensors[f"{stored}.{s}"] for s in suffixes if f"{stored}.{s}" in tensors}
-                grid = plan.grid_of(f"{self.opened.stored_prefix}.{self.index}.{stored}")
+                grid = plan.grid_of(self._on_disk(owner))
                 codes, scales, zeros, group_of = reader.unpack(
                     parts, bits=grid.bits, group_size=grid.group_size
                 )
@@ -460,7 +462,7 @@ class _Step:
             elif self._stored(name) in tensors:
                 yield name, tensors[self._stored(name)]
             else:  # computed from others in the files, or a part of one
-                full = f"{self.opened.stored_prefix}.{self.index}.{self._stored(name)}"
+                full = self._on_disk(name)
                 yield name, parameter.detach().to(plan.writer.dtype_of(full, parameter.dtype))
 
 

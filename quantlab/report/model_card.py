@@ -7,7 +7,6 @@ is one), and how to load it with transformers alone.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 
 from quantlab.models.provenance import provenance
 from quantlab.paths import atomic_write_text
+from quantlab.quant.selection import alike
 from quantlab.registry.formats import Readers, readers
 from quantlab.registry.tasks import task_columns
 from quantlab.report.cells import cell_of, conditions_of, number
@@ -69,8 +69,7 @@ def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
 
 def _kept(kept: Mapping[str, str]) -> str:
     """A line for each kind of name and reason, with how many there are."""
-    counts = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), why) for name, why in kept.items())
-    return "\n".join(f"- `{name}` ({count}): {why}" for (name, why), count in counts.items())
+    return "\n".join(f"- `{name}` ({count}): {why}" for (name, why), count in alike(kept).items())
 
 
 def describe(recipe: Mapping[str, Any]) -> str:
