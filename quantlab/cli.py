@@ -88,7 +88,9 @@ def quantize(
     recipes: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help="Recipe files, or bundled names.")
     ],
-    model: Annotated[str, typer.Option("--model", help="Hugging Face id, directory, or embedded:base.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Hugging Face id, directory, GGUF file, or embedded:base.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +107,14 @@ def quantize(
     save_statistics: Annotated[
         Path | None,
         typer.Option("--save-statistics", metavar="DIR", help="Save the Hessians of the calibration pass."),
+    ] = None,
+    save_imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-imatrix",
+            metavar="FILE",
+            help="Save llama.cpp's importance matrix of the calibration pass.",
+        ),
     ] = None,
     statistics: Annotated[
         Path | None,
@@ -133,6 +143,7 @@ def quantize(
             Options(
                 memory_limit=size_of(memory_limit, "--memory-limit"),
                 save_statistics=save_statistics,
+                save_imatrix=save_imatrix,
                 statistics=statistics,
                 verify=not no_verify,
                 model=model,
@@ -154,7 +165,9 @@ def plan(
     recipes: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help="Recipe files, or bundled names.")
     ],
-    model: Annotated[str, typer.Option("--model", help="Hugging Face id, directory, or embedded:base.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Hugging Face id, directory, GGUF file, or embedded:base.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Where the checkpoints would go.")] = None,
     memory_limit: MemoryLimit = None,
     overrides: Sets = None,
@@ -173,6 +186,37 @@ def plan(
         limit = size_of(memory_limit, "--memory-limit")
         options = Options(model, out, tuple(overrides or ()), device, limit, trust_remote_code)
         run(recipes, options, as_json=as_json)
+
+
+@app.command()
+def calibration(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE|RECIPE", help="A text (file, bundled name, hf:…), or a quantize recipe."
+        ),
+    ],
+    model: Annotated[str, typer.Option("--model", help="Hugging Face id, directory, or embedded:base.")],
+    overrides: Sets = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="Rows to print the beginning of.")] = 3,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the rows that a model would be calibrated on: sources, scripts, special tokens, what is left out."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.calibration import run
+
+        run(
+            what,
+            model,
+            tuple(overrides or ()),
+            show=show,
+            trust_remote_code=trust_remote_code,
+            as_json=as_json,
+        )
 
 
 @app.command()
@@ -222,7 +266,7 @@ def distill(
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Hugging Face id, directory, or embedded:base."),
+        typer.Argument(metavar="MODEL", help="Hugging Face id, directory, GGUF file, or embedded:base."),
     ] = None,
     tasks: Annotated[
         list[str] | None,
@@ -251,6 +295,12 @@ def evaluate(
             "--metric",
             metavar="RULE",
             help="Also score with an official evaluator: spider-test-suite, bird, sql-eval.",
+        ),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime", help="What computes the model: transformers, or llama.cpp for a GGUF file."
         ),
     ] = None,
     judge: Annotated[
@@ -284,6 +334,7 @@ def evaluate(
                 baseline=baseline,
                 data=data,
                 rules=tuple(rules or ()),
+                runtime=runtime,
                 results=results,
                 overrides=tuple(overrides or ()),
                 device=device,
@@ -335,7 +386,8 @@ def doctor(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", help="A model: what of it can be quantized, in which format, and who reads that."
+            "--model",
+            help="A model as for quantize: what of it can be quantized, in which format, and who reads that.",
         ),
     ] = None,
     trust_remote_code: Trust = False,

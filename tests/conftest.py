@@ -132,3 +132,18 @@ def baby() -> Path:
     if not BABY.is_dir():
         pytest.skip("the shared real model is not here")
     return BABY
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a tiny model of the zoo, by its name; made when it is first asked for."""
+    from tests.zoo import builder
+
+    folder = tmp_path_factory.mktemp("zoo")
+
+    def find(name: str) -> Path:
+        if not (folder / name).is_dir():
+            builder.write(folder / name, name, byte_tokenizer())
+        return folder / name
+
+    return find

@@ -295,7 +295,7 @@ def test_sigterm_leaves_a_state_to_resume_from(model: Path, tmp_path: Path) -> N
         str(model),
         *PLAIN,
         "--set",
-        "evaluate=[perplexity]",
+        "evaluate=[perplexity, speed]",
         "--out",
         "o",
     ]

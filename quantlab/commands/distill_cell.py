@@ -30,6 +30,7 @@ from quantlab.recipe.distill import DistillRecipe
 from quantlab.runs.leaderboard import rebuild_leaderboard
 from quantlab.runs.run import Run
 from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.data.item import Item
 
 if TYPE_CHECKING:
     from quantlab.commands.distill_plan import Options
@@ -155,7 +156,23 @@ def _rows(plan: Plan, options: Options, progress: Progress) -> dict[str, Any]:
             f"{len(source.bad)} rows cannot be read and are left out; one says: {source.bad[0].reason}"
         )
     items, record = prepare(recipe, source, options.book, options.results / "data", progress)
-    return {"items": items, "record": record}
+    return {"items": items, "record": record | {"prompt": _prompt(recipe, items, progress)}}
+
+
+def _prompt(recipe: DistillRecipe, items: Sequence[Item], progress: Progress) -> dict[str, Any]:
+    """How the rows are asked, for the student's record; said where the evaluation's questions are asked otherwise."""
+    from quantlab.text2sql.prompt.for_model import prompt_record, template_of
+
+    options = recipe.tasks.text2sql
+    template = template_of(options.prompt, items)
+    if "text2sql" in recipe.evaluate:
+        asked = template_of(options.prompt, load_items(options.data, options.limit))
+        if asked != template:
+            progress.note(
+                f"the rows are asked by the prompt {template.name}, the evaluation's questions by {asked.name}: "
+                "tasks.text2sql.prompt.language makes them one"
+            )
+    return prompt_record(items, options.prompt, template) | {"example": template.example()}
 
 
 def _open(plan: Plan, options: Options) -> Any:
@@ -222,14 +239,15 @@ def _encode(
     """Examples of at most `longest` tokens, and how many rows are left out. Questions are asked as the evaluation
     will ask them: with its chat template, its linker, its examples."""
     from quantlab.distill.data import encode, encode_texts
-    from quantlab.text2sql.prompt.for_model import choose_shots, make_prompts, without_shown
+    from quantlab.text2sql.prompt.for_model import as_asked, choose_shots, make_prompts, without_shown
 
     if recipe.data.format == "text":
         return encode_texts(rows["texts"], student.tokenizer, longest), {"too_long": 0}
     options = recipe.tasks.text2sql
-    shots = choose_shots(options, load_items(options.data, options.limit)) if options.shots else []
-    items = without_shown(rows["items"], shots)
-    prompts = make_prompts(student, items, options, shots)
+    noted, template = as_asked(rows["items"], options.prompt)
+    shots = choose_shots(options, load_items(options.data, options.limit), template) if options.shots else []
+    items = without_shown(noted, shots)
+    prompts = make_prompts(student, items, options, shots, template)
     examples, too_long = encode(items, student.tokenizer, longest, prompts)
     shown = len(rows["items"]) - len(items)
     return examples, {"too_long": len(too_long), **({"shown_as_examples": shown} if shots else {})}

@@ -17,6 +17,7 @@ from quantlab.commands.planned_run import (
     plan_work,
     refuse_existing,
     stored_as,
+    stored_bits,
     text_digest,
 )
 from quantlab.distill.prepare import Source, estimates, read_source
@@ -29,6 +30,8 @@ from quantlab.paths import file_digest, find_source, short_hash, slug
 from quantlab.recipe.distill import DistillRecipe
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.text2sql.data.dataset import digest, on_the_hub
+from quantlab.text2sql.prompt.for_model import template_of
+from quantlab.text2sql.prompt.template import bundled_template
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def plan_cell(name: str, cell: Cell, options: Options) -> Plan:
     if recipe.train.logits is not None:
         decides.append(open_model(recipe.train.logits.model).digest)
     work = plan_work(label, recipe, recipe.student.model, files, options.results, decides)
-    bits = stored_as(files)["bits"]
+    bits = stored_bits(files) if files.quantized is None else stored_as(files)["bits"]
     work.row.update(stage="student", method=recipe.student.mode, bits=bits, format="none")
     plain = QuantizeRecipe(method="none", dtype=recipe.dtype, evaluate=recipe.evaluate, tasks=recipe.tasks)
     base = plan_work("none", plain, recipe.student.model, files, options.results)
@@ -116,7 +119,11 @@ def _source_digest(recipe: DistillRecipe, source: Source | None) -> str:
     if hinted or options.shots or options.chat != "never" or options.linker != "none":
         parts.append("asked as evaluated")  # students that were not, before this was so, are others
     if source is None:
+        if options.prompt.file is not None:
+            parts.append(template_of(options.prompt, ()).digest)
         return short_hash(parts)
+    if source.template.digest != bundled_template("ko").digest:  # the only one, before there were others
+        parts.append(source.template.digest)
     if recipe.teacher is not None and recipe.teacher.model.startswith("file:"):
         parts.append(file_digest(find_source(recipe.teacher.model.removeprefix("file:"))))
     return short_hash(parts)

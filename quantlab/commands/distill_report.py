@@ -11,6 +11,7 @@ from quantlab.recipe.distill import DistillRecipe
 from quantlab.report.distillation import as_dict, as_markdown, as_text, compare
 from quantlab.runs.run import Run, verdicts, write_jsonl
 from quantlab.text2sql.data.dataset import load_items
+from quantlab.text2sql.prompt.for_model import as_asked
 from quantlab.text2sql.teaching.agreement import Agreement, confusion
 
 TASK = "text2sql"
@@ -38,7 +39,9 @@ def judge_run(run: Run, recipe: DistillRecipe, ledger: Path, progress: Progress)
     """
     assert recipe.judge is not None
     samples = run.samples(TASK)
-    items = {item.id: item for item in load_items(recipe.tasks.text2sql.data, recipe.tasks.text2sql.limit)}
+    options = recipe.tasks.text2sql
+    shown, _ = as_asked(load_items(options.data, options.limit), options.prompt)
+    items = {item.id: item for item in shown}
     predicted = {row["id"]: row["extra"]["sql"] for row in samples if row["extra"].get("sql")}
     asked = [items[name] for name in predicted if name in items]
     said, _ = ask_judge(asked, recipe.judge, ledger, progress, predicted)

@@ -17,13 +17,13 @@ from typing import Any
 
 from quantlab import __version__
 from quantlab.commands.guard import print_json, stdout_is_stderr
-from quantlab.registry.formats import FORMATS, PACKING
+from quantlab.registry.formats import FORMATS, OF_BLOCKS, PACKING
 from quantlab.registry.methods import METHODS
 from quantlab.registry.tasks import TASKS
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "optimum", "gptqmodel", "compressed-tensors",
-    "datasets", "lm-eval", "sqlglot", "triton",
+    "gguf", "datasets", "lm-eval", "sqlglot", "triton",
 )  # fmt: skip
 
 BASE = ("torch", "transformers")
@@ -35,7 +35,7 @@ def needs() -> dict[str, tuple[str, ...]]:
     for name, method in METHODS.items():
         format = method.fixed.format if method.fixed else method.formats[0]
         found[name] = (*method.requires, *FORMATS[format].requires)
-    found |= {f"format {name}": (*BASE, *FORMATS[name].requires) for name in PACKING}
+    found |= {f"format {name}": (*BASE, *FORMATS[name].requires) for name in (*PACKING, *OF_BLOCKS)}
     found |= {name: (*BASE, *task.requires) for name, task in TASKS.items()}
     return {name: tuple(dict.fromkeys(modules)) for name, modules in found.items()}
 

@@ -15,7 +15,7 @@ from quantlab.commands.planned_run import open_model
 from quantlab.errors import QuantlabError
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.recipe.quantize import QuantizeRecipe
-from quantlab.registry.formats import FORMATS, PACKING, readers
+from quantlab.registry.formats import FORMATS, OF_BLOCKS, PACKING, readers
 from quantlab.registry.methods import METHODS
 
 if TYPE_CHECKING:
@@ -51,7 +51,10 @@ def examine(ref: str, trust_remote_code: bool = False) -> dict[str, Any]:
         "in_layers": layers.weights(layers.shapes) / max(files.params, 1),
         "experts": len(layers.experts),
         "carried": dict(layers.kept),
-        "formats": {name: _in_format(name, files, layers) for name in (*PACKING, "bitsandbytes")},
+        "formats": {
+            name: _in_format(name, files, layers, trust_remote_code)
+            for name in (*PACKING, *OF_BLOCKS, "bitsandbytes")
+        },
         "methods": {name: _by_default(name, files, trust_remote_code) for name in METHODS if name != "none"},
     }
 
@@ -78,15 +81,15 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     return text
 
 
-def _in_format(name: str, files: ModelFiles, layers: Layers) -> dict[str, Any]:
+def _in_format(name: str, files: ModelFiles, layers: Layers, trust_remote_code: bool) -> dict[str, Any]:
     """How much of a model a format holds, at its narrowest width of 4 bits or more."""
-    from quantlab.quant.selection import select
+    from quantlab.quant.jobs import selection
 
     bits = min((b for b in FORMATS[name].bits if b >= 4), default=4)
     method = "bnb-nf4" if name == "bitsandbytes" else "rtn"
     asked = {"method": method, "bits": bits} | ({} if name == "bitsandbytes" else {"format": name})
     try:
-        chosen = select(QuantizeRecipe.model_validate(asked), layers, files.name)
+        chosen = selection(QuantizeRecipe.model_validate(asked), files, trust_remote_code)
     except QuantlabError as error:
         return {"problem": str(error).removeprefix(f"{files.name}: "), "share": 0.0}
     share = layers.weights(chosen.widths) / max(files.params, 1)

@@ -10,7 +10,7 @@ import yaml
 
 from quantlab.commands.defaults import note_texts, settle
 from quantlab.commands.guard import print_json, stdout_is_stderr
-from quantlab.commands.measure import Entry, Evaluator
+from quantlab.commands.measure import TRANSFORMERS, Entry, Evaluator
 from quantlab.commands.planned_run import (
     COMPARED,
     PlannedRun,
@@ -29,6 +29,7 @@ from quantlab.models.provenance import provenance
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.progress import Progress, default_progress
 from quantlab.recipe.load import EvaluateRecipe, parse_recipe
+from quantlab.registry import load
 from quantlab.runs.leaderboard import rebuild_leaderboard
 from quantlab.runs.run import Run
 
@@ -43,6 +44,7 @@ class Options:
     baseline: str | None = None
     data: str | None = None
     rules: tuple[str, ...] = ()
+    runtime: str | None = None
     results: Path = Path("results")
     overrides: tuple[str, ...] = ()
     device: str = "auto"
@@ -71,7 +73,9 @@ def run_either(
         assert model is not None
         run(model, options, as_json=as_json)
         return
-    unused = [name for name in ("baseline", "dry_run", "trust_remote_code") if getattr(options, name)]
+    unused = [
+        name for name in ("baseline", "runtime", "dry_run", "trust_remote_code") if getattr(options, name)
+    ]
     if unused:
         raise RecipeError(
             f"--{unused[0].replace('_', '-')} has no meaning with --predictions: no model is loaded"
@@ -115,6 +119,10 @@ def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]
             "--task fidelity compares with the unquantized model", hint=f"add --baseline {parent}"
         )
     files = open_model(model, progress)
+    if recipe.runtime != TRANSFORMERS:
+        load("quantlab.models.llama_cpp:gguf_of")(files)
+        if options.device.startswith("cuda"):
+            raise RecipeError(f"--device {options.device}: {recipe.runtime} computes on the CPU here")
     if said := note_texts([recipe], files):
         progress.note(said)
     target = _work(files, settle(recipe, files), options)
@@ -158,8 +166,9 @@ def evaluate(model: str, options: Options, progress: Progress) -> dict[str, Any]
 
 def _recipe(tasks: tuple[str, ...], options: Options) -> EvaluateRecipe:
     text = yaml.safe_dump({"kind": "evaluate", "evaluate": list(tasks)})
+    runtime = [f"runtime={options.runtime}"] if options.runtime else []
     recipe = parse_recipe(
-        text, "--task", [*options.overrides, *text2sql_overrides(options.data, options.rules)]
+        text, "--task", [*options.overrides, *text2sql_overrides(options.data, options.rules), *runtime]
     )
     if not isinstance(recipe, EvaluateRecipe):
         raise RecipeError("--set kind: an evaluation stays an evaluation")
@@ -177,13 +186,14 @@ def _baseline(
     found = find_baseline(target, files.digest)
     if found is not None:
         return found, []
-    recipe = target.recipe.model_copy(update={"evaluate": compared})
+    recipe = target.recipe.model_copy(update={"evaluate": compared, "runtime": TRANSFORMERS})
     assert isinstance(recipe, EvaluateRecipe)
     return None, [_work(files, recipe, options)]
 
 
 def _work(files: ModelFiles, recipe: EvaluateRecipe, options: Options) -> PlannedRun:
-    work = plan_work("evaluate", recipe, files.name, files, options.results)
+    name = "evaluate" if recipe.runtime == TRANSFORMERS else recipe.runtime
+    work = plan_work(name, recipe, files.name, files, options.results)
     work.row.update(stored_as(files), parent=options.baseline if options.baseline != files.name else None)
     made = provenance(files.path)
     if made:

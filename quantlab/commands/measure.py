@@ -7,23 +7,28 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.commands.planned_run import PlannedRun
 from quantlab.errors import NotANumber
-from quantlab.evals import run_task
+from quantlab.evals import passes, run_pass
 from quantlab.progress import Progress
+from quantlab.recipe.load import EvaluateRecipe, Recipe
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry import load
 from quantlab.registry.tasks import SpeedOptions, task_of
 from quantlab.runs.run import Run, verdicts
-from quantlab.stats import flips
+from quantlab.stats import flips, ratio_interval
 
 if TYPE_CHECKING:
     from quantlab.evals.speed import Contestant
     from quantlab.models.load import LoadedModel
+
+
+TRANSFORMERS = "transformers"  # the runtime of everything but what is asked to be run otherwise
 
 
 class Evaluator:
@@ -36,10 +41,12 @@ class Evaluator:
         self.errors: list[str] = []  # measurements that came out as NaN
         self._kept: tuple[tuple[str, str], LoadedModel] | None = None
 
-    def load(self, ref: str | Path, dtype: str) -> LoadedModel:
+    def load(self, ref: str | Path, dtype: str, runtime: str = TRANSFORMERS) -> LoadedModel:
         from quantlab.models.load import load_model
 
-        return load_model(ref, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        return load_model(
+            ref, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code, runtime=runtime
+        )
 
     def baseline(self, ref: str, dtype: str) -> LoadedModel:
         """The baseline model, loaded once."""
@@ -99,38 +106,46 @@ class Evaluator:
     ) -> None:
         """Run the tasks that `run` does not have yet on the model as stored at `ref`, then close the run; `before_end`
         is called just before that."""
-        recipe, own_baseline = work.recipe, baseline_ref is None
+        recipe = work.recipe
+        todo = [
+            task
+            for task in recipe.evaluate
+            if task not in run.record["tasks"]
+            and not task_of(task).in_turn
+            and not (task_of(task).needs_baseline and baseline_ref is None)
+        ]
+        run.record["errors"] = {}
+        kept, todo = self._keep_originals(work, run, ref, todo, baseline_ref)
         subject = (
-            self.baseline(work.model, recipe.dtype) if work.is_baseline else self.load(ref, dtype_of(work))
+            self.baseline(work.model, recipe.dtype)
+            if work.is_baseline
+            else self.load(ref, dtype_of(work), runtime_of(recipe))
         )
         run.row.update(
             params=work.row.get("params") or subject.params,
             size_bytes=subject.size_bytes,
-            device=device_name(subject.device),
+            device=", ".join(filter(None, (device_name(subject.device), subject.runtime))),
         )
         run.row["bits_per_weight"] = 8 * subject.size_bytes / run.row["params"]
         run.record["environment"] = environment()
         run.record["data"] = dict(work.data)
-        run.record["errors"] = {}
-        for task in recipe.evaluate:
-            known = task_of(task)
-            if task in run.record["tasks"] or known.in_turn or (known.needs_baseline and own_baseline):
-                continue
-            reference = (
-                self.baseline(baseline_ref, recipe.dtype) if known.needs_baseline and baseline_ref else None
-            )
+        options = {task: recipe.tasks.of(task) for task in todo}
+        for tasks in passes(todo, options):
+            compared = [task for task in tasks if task_of(task).needs_baseline]
+            reference = next((kept[task] for task in compared if task in kept), None)
+            if compared and reference is None and baseline_ref is not None:
+                reference = self.baseline(baseline_ref, recipe.dtype)
             started = time.perf_counter()
-            try:
-                with self.progress.task(f"{work.name}: {task}"):
-                    result = run_task(
-                        task, subject, recipe.tasks.of(task), baseline=reference, progress=self.progress
-                    )
-            except NotANumber as error:
-                self._not_a_number(work, run, task, error)
-                continue
-            run.add(result)
+            with self.progress.task(f"{work.name}: {', '.join(tasks)}"):
+                results = run_pass(tasks, subject, options, baseline=reference, progress=self.progress)
             seconds = round(time.perf_counter() - started, 3)
-            run.log("measured", task=task, seconds=seconds, metrics=result.metrics)
+            together = {"together": tasks} if len(tasks) > 1 else {}  # the seconds are of all of them
+            for task, result in results.items():
+                if isinstance(result, NotANumber):
+                    self._not_a_number(work, run, task, result)
+                    continue
+                run.add(result)
+                run.log("measured", task=task, seconds=seconds, **together, metrics=result.metrics)
         if baseline is not None:
             run.row.update(compare(run, baseline))
         if before_end is not None:
@@ -138,6 +153,53 @@ class Evaluator:
         run.finish()
         del subject
         free_memory()
+
+    def _keep_originals(
+        self, work: PlannedRun, run: Run, ref: str | Path, todo: list[str], baseline_ref: str | None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What tasks need of the original, where that is left on disk before the model is loaded, and the tasks that
+        can be measured. The original is let go of where no task needs more of it."""
+        from quantlab.evals.kept_original import Unloaded
+
+        wanting = [task for task in todo if task_of(task).needs_baseline]
+        if baseline_ref is None or not wanting:
+            return {}, todo
+        dtype = work.recipe.dtype
+        original = Unloaded(
+            baseline_ref,
+            dtype,
+            self.device,
+            lambda wish: (
+                self.baseline(baseline_ref, dtype) if wish == dtype else self.load(baseline_ref, wish)
+            ),
+            self.release,
+            self.trust_remote_code,
+        )
+        subject = Unloaded(
+            ref,
+            dtype_of(work),
+            self.device,
+            lambda wish: self.load(ref, wish, runtime_of(work.recipe)),
+            trust_remote_code=self.trust_remote_code,
+        )
+        kept: dict[str, Any] = {}
+        for task in wanting:
+            if not task_of(task).keeps:
+                continue
+            keep = load(task_of(task).keeps)
+            started = time.perf_counter()
+            try:
+                found = keep(subject, original, work.recipe.tasks.of(task), self.progress)
+            except NotANumber as error:
+                self._not_a_number(work, run, task, error)
+                todo = [other for other in todo if other != task]
+                continue
+            if found is not None:
+                kept[task] = found
+                run.log("original", task=task, seconds=round(time.perf_counter() - started, 3), **found.form)
+        if all(task in kept for task in todo if task_of(task).needs_baseline):
+            self.release()
+        return kept, todo
 
     def _not_a_number(self, work: PlannedRun, run: Run, task: str, error: NotANumber) -> None:
         """Keep the error with the run and go on with what else there is to measure."""
@@ -162,6 +224,11 @@ def dtype_of(work: PlannedRun) -> str:
     return "auto" if isinstance(recipe, QuantizeRecipe) and not work.is_baseline else recipe.dtype
 
 
+def runtime_of(recipe: Recipe) -> str:
+    """What computes the model of a run."""
+    return recipe.runtime if isinstance(recipe, EvaluateRecipe) else TRANSFORMERS
+
+
 def _speed_options(entry: Entry) -> SpeedOptions:
     options = entry.work.recipe.tasks.of("speed")
     assert isinstance(options, SpeedOptions)
@@ -171,10 +238,8 @@ def _speed_options(entry: Entry) -> SpeedOptions:
 def _contestant(entry: Entry, baseline: Contestant | None) -> Contestant:
     from quantlab.evals.speed import Contestant
 
-    dtype = dtype_of(entry.work)
-    if baseline is not None and (str(entry.ref), dtype) == (str(baseline.ref), baseline.dtype):
-        return baseline
-    return Contestant(str(entry.ref), entry.work.name, dtype)
+    one = Contestant(str(entry.ref), entry.work.name, dtype_of(entry.work), runtime_of(entry.work.recipe))
+    return baseline if baseline is not None and replace(one, label=baseline.label) == baseline else one
 
 
 def compare(run: Run, baseline: Run) -> dict[str, Any]:
@@ -185,6 +250,8 @@ def compare(run: Run, baseline: Run) -> dict[str, Any]:
     mine, other = run.row.get("ppl"), baseline.row.get("ppl")
     if mine and other:
         found["ppl_ratio"] = mine / other
+        if interval := _ppl_ratio_interval(run, baseline):
+            found["ppl_ratio_low"], found["ppl_ratio_high"] = interval
     for kind in ("prefill", "decode"):
         ratio, pace = run.row.get(f"{kind}_ratio"), baseline.row.get(f"{kind}_tok_s")
         if ratio and pace:
@@ -193,6 +260,19 @@ def compare(run: Run, baseline: Run) -> dict[str, Any]:
     if before and after:
         found["lost"], found["gained"] = flips(before, after)
     return found
+
+
+def _ppl_ratio_interval(run: Run, baseline: Run) -> tuple[float, float] | None:
+    """95 % interval of the ratio of perplexities, paired by window; None where a record has no losses of windows or
+    they are of another text."""
+    mine, other = (one.record["tasks"].get("perplexity", {}).get("details", {}) for one in (run, baseline))
+    if any(mine.get(key) != other.get(key) for key in ("text_digest", "seq_len", "windows")):
+        return None
+    before, after = other.get("window_nll"), mine.get("window_nll")
+    if not before or not after or len(before) != len(after):
+        return None
+    scored = mine["seq_len"] - 1
+    return ratio_interval([value / scored for value in before], [value / scored for value in after])
 
 
 def device_name(device: str) -> str:
@@ -215,6 +295,8 @@ def environment() -> dict[str, Any]:
         "transformers",
         "gptqmodel",
         "compressed-tensors",
+        "gguf",
+        "llama-cpp-python",
         "bitsandbytes",
         "peft",
         "trl",
@@ -233,5 +315,8 @@ def free_memory() -> None:
     gc.collect()
     import torch
 
+    from quantlab.models.memory import trim
+
+    trim()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

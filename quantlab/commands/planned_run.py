@@ -6,6 +6,7 @@ digest), so the same experiment always has the same directory, and anything that
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,19 +14,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quantlab import __version__
-from quantlab.calibration import read_texts
+from quantlab.calibration.documents import identities, read_documents, read_texts
 from quantlab.errors import RecipeError
 from quantlab.models.provenance import provenance
 from quantlab.models.refusals import refuse_unusable
-from quantlab.models.safetensors.files import DTYPE_BYTES, ModelFiles, open_files
+from quantlab.models.safetensors.files import DTYPE_BYTES, PLAIN_BYTES, ModelFiles, open_files
 from quantlab.paths import short_hash, slug
 from quantlab.progress import Progress
-from quantlab.recipe.load import Recipe, load_recipe
+from quantlab.recipe.base import Calibration
+from quantlab.recipe.load import EvaluateRecipe, Recipe, load_recipe
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry import load
 from quantlab.registry.tasks import TASKS, options_key, task_of
 from quantlab.runs.run import Run, read_runs
 
+GGUF_FORMAT = "gguf"  # of a model that is given as a GGUF file, which is the original of what is made from it
 # set against the baseline's own numbers
 COMPARED = tuple(name for name, task in TASKS.items() if task.compared)
 
@@ -95,7 +98,7 @@ def plan_work(
     data = {task: digest for task in tasks if (digest := data_digest(recipe, task))}
     sources = [f"{task}={digest}" for task, digest in sorted(data.items())]
     if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
-        sources.append("calibration=" + text_digest(recipe.calibration.source))
+        sources.append("calibration=" + calibration_digest(recipe.calibration))
     short = short_hash([recipe.digest(), files.digest, *sources, *decides])[:8]
     row = {
         "run_id": f"{slug(model)}-{slug(name)}-{short}",
@@ -114,7 +117,7 @@ def check_data(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -> N
     for task in recipe.evaluate if measured else []:
         data_digest(recipe, task)
     if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
-        text_digest(recipe.calibration.source)
+        calibration_digest(recipe.calibration)
 
 
 def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -> None:
@@ -167,8 +170,19 @@ def text_digest(source: str) -> str:
     return short_hash([source] if source.startswith("hf:") else read_texts(source))
 
 
+def calibration_digest(calibration: Calibration) -> str:
+    """Digest of the documents of every source; as `text_digest` where that is one of texts."""
+    found = [
+        short_hash([one.source] if one.source.startswith("hf:") else identities(read_documents(one.source)))
+        for one in calibration.sources
+    ]
+    return found[0] if len(found) == 1 else short_hash(found)
+
+
 def stored_bits(files: ModelFiles) -> int:
-    """Bits of the type that most parameters of a plain model are stored in."""
+    """Bits of the type that most parameters of a plain model are stored in; of a GGUF file, that of plain weights."""
+    if files.plain is not None:
+        return 8 * PLAIN_BYTES[files.plain]
     counts: Counter[str] = Counter()
     for tensor in files.tensors.values():
         counts[tensor.dtype] += tensor.count
@@ -179,6 +193,15 @@ def stored_as(files: ModelFiles) -> dict[str, Any]:
     """stage, method, bits, group_size and format of a model as its own files say."""
     config = files.quantized
     made = provenance(files.path)
+    if files.encoding is not None:
+        width = re.search(r"\d+", files.encoding)
+        return {
+            "stage": "quantized",
+            "method": files.encoding.lower(),
+            "bits": int(width[0]) if width else None,
+            "format": GGUF_FORMAT,
+            "params": files.params,
+        }
     if config is None:
         stage = "student" if made.get("kind") == "distill" else "base"
         return {"stage": stage, "method": "none", "bits": stored_bits(files), "params": files.params}
@@ -203,6 +226,8 @@ def stored_as(files: ModelFiles) -> dict[str, Any]:
 def serves_as_baseline(candidate: Recipe, recipe: Recipe) -> bool:
     """Whether `candidate` measures the untouched model in the same way wherever `recipe` is compared with it."""
     plain = not isinstance(candidate, QuantizeRecipe) or candidate.method == "none"
+    if isinstance(candidate, EvaluateRecipe):
+        plain = candidate.runtime == "transformers"
     return (
         plain
         and candidate.dtype == recipe.dtype
@@ -219,7 +244,8 @@ def find_baseline(work: PlannedRun, model_digest: str) -> Run | None:
     also the run that made and measured it."""
     for run in read_runs(work.results):
         measured = run.record.get("output_digest") or run.row.get("model_digest")
-        if measured != model_digest or run.row.get("stage") not in ("base", "student"):
+        untouched = run.row.get("stage") in ("base", "student") or run.row.get("format") == GGUF_FORMAT
+        if measured != model_digest or not untouched:
             continue
         same = all(run.record.get("data", {}).get(t) == work.data[t] for t in COMPARED if t in work.data)
         if same and serves_as_baseline(load_recipe(run.directory / "recipe.yaml"), work.recipe):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantlab.commands.calibration import in_short, previews
 from quantlab.commands.defaults import note_texts, settle, settle_texts
 from quantlab.commands.guard import print_json, stdout_is_stderr
 from quantlab.commands.measure import Entry, Evaluator
@@ -65,6 +66,7 @@ class Options:
     trust_remote_code: bool = False
     memory_limit: int | None = None  # bytes
     save_statistics: Path | None = None
+    save_imatrix: Path | None = None
     statistics: Path | None = None
     verify: bool = True
 
@@ -110,6 +112,8 @@ def show(summary: dict[str, Any], *, as_json: bool) -> None:
         for item in summary["plan"]:
             print(f"{item['recipe']}: {', '.join(item['steps']) or 'nothing left to do'}; run {item['run_id']}"
                   + (f"; checkpoint {item['checkpoint']}" if item["checkpoint"] else ""))  # fmt: skip
+        for found in summary["calibration"]:
+            print("\n".join(in_short(found)))
         return
     if summary["rows"]:
         from quantlab.report.leaderboard import print_table
@@ -166,7 +170,9 @@ def quantize_and_measure(
             check(item.recipe, files, item.out, trust)
     check_weights(files)
     if options.dry_run:
-        return {"status": "dry-run", "model": options.model, "plan": [_steps(item) for item in items]}
+        found = previews([item.recipe for item in items if item.solve], files, trust)
+        plan = [_steps(item) for item in items]
+        return {"status": "dry-run", "model": options.model, "plan": plan, "calibration": found}
     _solve(items, files, options, progress)
     rows, board, errors = _measure(items, options, progress) if options.evaluate else ([], None, [])
     for item in items:
@@ -301,6 +307,7 @@ def _solve(items: Sequence[Item], files: ModelFiles, options: Options, progress:
                 trust_remote_code=options.trust_remote_code,
                 memory_limit=options.memory_limit,
                 save_statistics=options.save_statistics,
+                save_imatrix=options.save_imatrix,
                 statistics=options.statistics,
                 verify=options.verify,
                 early=True,  # plans are made from headers

@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from quantlab.teacher.prices import price_of
 from quantlab.text2sql.cleaning.filters import Rejected, clean, summary_table, write_rejected
 from quantlab.text2sql.data.dataset import digest, id_notes, load_items
 from quantlab.text2sql.data.item import BadRow, Item, parse_row
+from quantlab.text2sql.prompt.for_model import as_asked
 from quantlab.text2sql.prompt.prompt import row_fields
+from quantlab.text2sql.prompt.template import Template, bundled_template
 from quantlab.text2sql.teaching.judge import Verdict, collect_verdicts, judge_requests, unusable_verdict
 from quantlab.text2sql.teaching.prompts import answer_request, load_prompt, parse_answer
 from quantlab.text2sql.teaching.question_writing import (
@@ -49,12 +51,14 @@ class Stopped(QuantlabError):
 
 @dataclass(frozen=True)
 class Source:
-    """The rows to prepare, unreadable ones apart, and the items that none of them must be close to."""
+    """The rows to prepare, with what prompts show of them; unreadable ones apart; the items that none of them must be
+    close to; the wording that they are asked by."""
 
     items: list[Item]
     bad: list[BadRow]
     held_out: int
     evaluated: list[Item]
+    template: Template = field(default_factory=lambda: bundled_template("ko"))
 
 
 def read_source(recipe: DistillRecipe) -> Source:
@@ -65,7 +69,8 @@ def read_source(recipe: DistillRecipe) -> Source:
     kept = [item for item in items if item.db_id != left_out]
     if not kept:
         raise DataError(f"{recipe.data.source}: every row is of the held-out database {left_out}")
-    return Source(kept, bad, len(items) - len(kept), _evaluated_items(recipe))
+    shown, template = as_asked(kept, recipe.tasks.text2sql.prompt)
+    return Source(shown, bad, len(items) - len(kept), _evaluated_items(recipe), template)
 
 
 def _evaluated_items(recipe: DistillRecipe) -> list[Item]:
@@ -217,7 +222,10 @@ def _unread(bad: Sequence[BadRow]) -> list[Rejected]:
 
 def _row(item: Item) -> dict[str, Any]:
     """What of a row is learned, or counted: everything that a prompt shows."""
-    shown: dict[str, Any] = {"id": item.id, "db_id": item.db_id, **row_fields(item), "answer": item.answer}
+    fields = row_fields(item, item.context)  # notes apart: a linker reads the DDL without them
+    shown: dict[str, Any] = {"id": item.id, "db_id": item.db_id, **fields, "answer": item.answer}
+    if item.notes:
+        shown["schema_notes"] = [list(note) for note in item.notes]
     named = {key: item.extra[key] for key in ("level", "kind") if key in item.extra}
     filled = {**shown, "dialect": item.dialect} | named
     return {key: value for key, value in filled.items() if value or key not in ("evidence", "dialect")}
@@ -275,7 +283,9 @@ def ask_teacher(
     _enough(gathered, teacher, "teacher")
     texts = [answer.text if answer else None for answer in gathered.answers]
     if teacher.task == "write":
-        return written_items(plan, texts), [], gathered
+        notes = {item.context: item.notes for item in items}
+        written = written_items(plan, texts)
+        return [replace(item, notes=notes.get(item.context, ())) for item in written], [], gathered
     answered, lost = [], []
     for number, (item, text) in enumerate(zip(items, texts, strict=True)):
         sql = parse_answer(text) if text is not None else None
@@ -328,7 +338,7 @@ def estimates(recipe: DistillRecipe, items: Sequence[Item], ledger: Path) -> dic
         )
     if recipe.judge is not None and "text2sql" in recipe.evaluate:
         options = recipe.tasks.text2sql
-        asked = load_items(options.data, options.limit)
+        asked, _ = as_asked(load_items(options.data, options.limit), options.prompt)
         requests = _judge_requests(asked, recipe.judge, {item.id: item.answer for item in asked})
         once = estimate(requests, recipe.judge, ledger)
         both = replace(  # base and student, whose answers are not known yet

@@ -54,6 +54,7 @@ def generate(
     """Answers in the order of `prompts`, the longest prompts run first. `caches` makes those of the batches, where the
     model's own will not do."""
     caches = caches or Caches(model, None)
+    batch_size = min(batch_size, getattr(model, "most_rows", batch_size))
     encoded = prompt_encoder(tokenizer)(prompts)
     order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
     results: dict[int, Generation] = {}

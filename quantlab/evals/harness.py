@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from quantlab.errors import DataError, MachineError, RecipeError
-from quantlab.evals.lm_eval_tasks import FOLDER
+from quantlab.evals.lm_eval_tasks import FOLDER, OWN
 from quantlab.models.load import LoadedModel
 from quantlab.paths import find_source, nearest
 from quantlab.progress import Progress
@@ -31,7 +31,9 @@ def evaluate(
         raise MachineError(
             f"lm-eval:{options.task} needs lm-eval: {error}", hint="pip install lm-eval"
         ) from error
-    manager = task_manager(options.task, options.include_path)
+    manager = task_manager(
+        options.task, options.include_path, options.prompt.model_dump(exclude_defaults=True)
+    )
     with progress.task(f"lm-eval:{options.task}"), _stdout_to_stderr():
         language_model = HFLM(
             pretrained=subject.model,
@@ -61,8 +63,9 @@ def evaluate(
     return TaskResult(f"lm-eval:{options.task}", metrics, samples, details)
 
 
-def task_manager(task: str, include_path: str | None) -> Any:
-    """A TaskManager that knows `task`, with the harness's own tasks only where they are needed."""
+def task_manager(task: str, include_path: str | None, prompt: dict[str, Any] | None = None) -> Any:
+    """A TaskManager that knows `task`, with the harness's own tasks only where they are needed. `prompt`: how
+    quantlab's own Text2SQL tasks are to ask, where not as they do by themselves."""
     from lm_eval.tasks import TaskManager
 
     folders = [FOLDER]
@@ -71,7 +74,8 @@ def task_manager(task: str, include_path: str | None) -> Any:
         if not folders[-1].is_dir():
             raise RecipeError(f"include_path {include_path} is not a directory")
     paths = [str(folder) for folder in folders]
-    manager = TaskManager(include_path=paths, include_defaults=False)
+    metadata = {"prompt": prompt} if prompt and task.startswith(OWN) else None
+    manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
     if task in manager.all_tasks:
         return manager
     manager = TaskManager(include_path=paths, include_defaults=True)

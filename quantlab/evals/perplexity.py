@@ -17,16 +17,16 @@ import math
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from quantlab.evals.kv_cache import Caches, logits_of
-from quantlab.evals.windows import PROTOCOL, batch_rows, load_windows, refuse_nan
+from quantlab.evals.text_pass import nll_of, run
+from quantlab.evals.windows import PROTOCOL, Windows, load_windows, refuse_nan
 from quantlab.models.load import LoadedModel
 from quantlab.progress import Progress
 from quantlab.registry.tasks import PerplexityOptions
 from quantlab.runs.run import TaskResult
 
-POSITIONS_AT_ONCE = 512  # converted to float32 at a time, where logits come in half precision
+KEPT_WINDOWS = 4096  # losses of so many windows are kept in the run's record, for paired intervals
 
 
 def evaluate(
@@ -36,15 +36,23 @@ def evaluate(
     baseline: LoadedModel | None = None,
     progress: Progress,
 ) -> TaskResult:
-    """Metrics ppl, ppl_stderr, nll, bits_per_byte, tokens, bytes, ppl_protocol, ppl_text."""
+    """Metrics of `result`. NotANumber where logits are NaN."""
     windows = load_windows(subject, options.source, options.seq_len, options.max_tokens)
-    rows = batch_rows(subject.model, options.seq_len)
     caches = Caches(subject.model, options.kv_cache)
-    losses: list[float] = []
-    with progress.task("perplexity", total=len(windows.ids)) as advance, torch.inference_mode():
-        for batch in windows.ids.split(rows):
-            losses += window_nll(subject.model, batch.to(subject.device), caches).tolist()
-            advance(len(batch))
+    with progress.task("perplexity", total=len(windows.ids)) as advance:
+        losses, _ = run(subject, windows.ids, caches, advance)
+    return result(subject, options, windows, losses, caches.details())
+
+
+def result(
+    subject: LoadedModel,
+    options: PerplexityOptions,
+    windows: Windows,
+    losses: list[float],
+    details: dict[str, Any],
+) -> TaskResult:
+    """Metrics ppl, ppl_stderr, nll, bits_per_byte, tokens, bytes, ppl_protocol, ppl_text from the `losses` of all
+    windows, sums over each."""
     refuse_nan("perplexity", subject, torch.tensor(losses))
     nll, error = mean_and_error(losses, options.seq_len - 1)
     ppl = math.exp(nll) if nll < 700 else math.inf
@@ -68,23 +76,15 @@ def evaluate(
             "seq_len": options.seq_len,
             "windows": len(windows.ids),
             "unknown_tokens": windows.unknown_tokens,
-            **caches.details(),
+            **({"window_nll": losses} if len(losses) <= KEPT_WINDOWS else {}),
+            **details,
         },
     )
 
 
 def window_nll(model: Any, ids: torch.Tensor, caches: Caches | None = None) -> torch.Tensor:
     """Sum of -log p of tokens 1… of each window, in nats: float64 [windows] for `ids` [windows, seq_len]."""
-    logits = logits_of(model, ids, caches or Caches(model, None))  # [windows, seq_len, vocabulary]
-    total = torch.zeros(len(ids), dtype=torch.float64)
-    for start in range(0, ids.shape[1] - 1, POSITIONS_AT_ONCE):
-        end = min(start + POSITIONS_AT_ONCE, ids.shape[1] - 1)
-        part = logits[:, start:end].float()
-        targets = ids[:, start + 1 : end + 1].to(part.device)
-        # [windows, positions]
-        loss = functional.cross_entropy(part.transpose(1, 2), targets, reduction="none")
-        total += loss.double().sum(dim=1).cpu()
-    return total
+    return nll_of(logits_of(model, ids, caches or Caches(model, None)), ids)
 
 
 def mean_and_error(losses: list[float], tokens: int) -> tuple[float, float | None]:

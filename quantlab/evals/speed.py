@@ -51,11 +51,13 @@ ROOM = 2.2  # times its files: what a model takes while it is loaded, or unpacke
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model to be measured: its directory or id, and what it is to compute in (``auto``: as stored)."""
+    """A model to be measured: its directory or id, what it is to compute in (``auto``: as stored), and what computes
+    it."""
 
     ref: str | Path
     label: str
     dtype: str = "auto"
+    runtime: str = "transformers"
 
 
 @dataclass
@@ -117,7 +119,7 @@ def _groups(contestants: Sequence[Contestant], baseline: Contestant | None) -> I
 
 
 def _bytes(contestant: Contestant) -> float:
-    return IDLE + ROOM * open_files(contestant.ref).size_bytes
+    return IDLE + ROOM * open_files(contestant.ref).loaded_bytes
 
 
 def _measure_group(
@@ -135,7 +137,7 @@ def _measure_group(
             process = processes[contestant] = stack.enter_context(contextlib.closing(SpeedProcess()))
             process.send(
                 "prepare", ref=str(contestant.ref), dtype=contestant.dtype, device=device,
-                trust_remote_code=trust_remote_code, options=options.model_dump(),
+                trust_remote_code=trust_remote_code, runtime=contestant.runtime, options=options.model_dump(),
                 kv_cache=options.kv_cache.model_dump() if options.kv_cache else None,
             )  # fmt: skip
         for process in processes.values():

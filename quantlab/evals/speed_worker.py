@@ -68,13 +68,14 @@ def main() -> None:
 
 
 class Bench:
-    """One model and the work that is timed. ``asked``: ref, dtype, device, trust_remote_code, options, kv_cache."""
+    """One model and the work that is timed. ``asked``: ref, dtype, device, trust_remote_code, runtime, options,
+    kv_cache."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
         from quantlab.models.safetensors.files import open_files
 
-        self.asked = asked
-        _imports((open_files(asked["ref"]).quantized or {}).get("quant_method"))
+        self.asked, self.runtime = asked, asked.get("runtime", "transformers")
+        _imports((open_files(asked["ref"]).quantized or {}).get("quant_method"), self.runtime)
         from quantlab.models.load import pick_device
 
         self.device = pick_device(asked["device"])
@@ -96,6 +97,7 @@ class Bench:
             device=self.device,
             dtype=asked["dtype"],
             trust_remote_code=asked["trust_remote_code"],
+            runtime=self.runtime,
         )
         seconds = time.perf_counter() - started
         model = self.subject.model
@@ -111,8 +113,8 @@ class Bench:
         packed = {type(module).__name__ for module in model.modules() if packed_as(module)}
         return {
             "load_seconds": seconds,
-            "memory_bytes": held_bytes(model),
-            "kernel": ", ".join(sorted(packed)) or "torch",
+            "memory_bytes": held_bytes(model) or self.subject.size_bytes,  # another runtime maps the file
+            "kernel": ", ".join(sorted(packed)) or self.subject.runtime or "torch",
             "computes_in": str(model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         }
@@ -259,7 +261,7 @@ class PeakMemory:
         return max(0, peak - self.idle) if peak else None
 
 
-def _imports(kind: str | None) -> None:
+def _imports(kind: str | None, runtime: str) -> None:
     """What an idle process has too, so that it does not count as the model's memory or loading time."""
     import importlib
 
@@ -268,6 +270,9 @@ def _imports(kind: str | None) -> None:
     quiet_libraries()
     importlib.import_module("transformers.modeling_utils")
     importlib.import_module("transformers.models.auto.modeling_auto")
+    if runtime != "transformers":
+        importlib.import_module("quantlab.models.llama_cpp")
+        importlib.import_module("llama_cpp")
     for library in FORMATS[kind].requires if kind in FORMATS else ():
         with suppress(ImportError):  # loading says what is missing
             importlib.import_module(library)

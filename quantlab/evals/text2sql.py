@@ -25,11 +25,17 @@ from quantlab.progress import Progress
 from quantlab.registry.tasks import Text2SqlOptions
 from quantlab.runs.run import VERDICTS, Sample, TaskResult
 from quantlab.stats import wilson
-from quantlab.text2sql.data.dataset import digest, id_notes, load_items
+from quantlab.text2sql.data.dataset import id_notes, load_items
 from quantlab.text2sql.data.item import Item
 from quantlab.text2sql.dialects.transpile import CLOCK
 from quantlab.text2sql.extraction.extract import extract, rest_is_nothing
-from quantlab.text2sql.prompt.for_model import choose_shots, make_prompts
+from quantlab.text2sql.prompt.for_model import (
+    as_asked,
+    choose_shots,
+    data_digest,
+    make_prompts,
+    prompt_record,
+)
 from quantlab.text2sql.sandbox.pool import Sandbox
 from quantlab.text2sql.scoring.databases import Setting, find_ground, judge_on
 from quantlab.text2sql.scoring.exact_match import exact_match
@@ -47,11 +53,11 @@ def evaluate(
     subject: Any, options: Text2SqlOptions, *, baseline: Any = None, progress: Progress
 ) -> TaskResult:
     """Generate and score. Metrics of `summarize`, one sample an item."""
-    items = load_items(options.data, options.limit)
+    items, template = as_asked(load_items(options.data, options.limit), options.prompt)
     notes = id_notes(items, options.data)
     for note in notes:
         progress.note(note)
-    prompts = make_prompts(subject, items, options, choose_shots(options, items))
+    prompts = make_prompts(subject, items, options, choose_shots(options, items, template), template)
     from quantlab.evals.generation import generate
     from quantlab.evals.kv_cache import Caches
 
@@ -80,13 +86,15 @@ def evaluate(
         sample.extra["stopped"] = generation.ended and bool(sample.extra["stopped"])
         sample.extra["truncated"] = generation.full or bool(prompt.cut)
         sample.extra["new_tokens"] = generation.tokens
+    asked = data_digest(items, template)
     return TaskResult(
         "text2sql",
-        {**summarize(samples), "ex_data": data_name(options, items), "data_digest": digest(items)},
+        {**summarize(samples), "ex_data": data_name(options, asked), "data_digest": asked},
         samples,
         {
             "max_new_tokens": options.max_new_tokens,
             "stop": options.stop,
+            "prompt": prompt_record(items, options.prompt, template),
             **details(options, samples),
             **({"notes": notes} if notes else {}),
             **caches.details(),
@@ -94,9 +102,9 @@ def evaluate(
     )
 
 
-def data_name(options: Text2SqlOptions, items: Sequence[Item]) -> str:
-    """The questions by their source and their content."""
-    return f"{options.data}#{digest(items)[:8]}"
+def data_name(options: Text2SqlOptions, asked: str) -> str:
+    """The questions by their source and the digest of what is asked."""
+    return f"{options.data}#{asked[:8]}"
 
 
 def setting_of(options: Text2SqlOptions) -> Setting:

@@ -45,13 +45,21 @@ class Windows:
 
 def load_windows(subject: Any, source: str, seq_len: int, max_tokens: int | None = None) -> Windows:
     """The windows of `source` for the subject's tokenizer; refused when the model cannot attend so far."""
-    longest = positions_of(subject.model.config)
-    if longest is not None and seq_len > longest:
+    return windows_for(
+        subject.tokenizer, positions_of(subject.model.config), subject.name, source, seq_len, max_tokens
+    )
+
+
+def windows_for(
+    tokenizer: Any, positions: int | None, name: str, source: str, seq_len: int, max_tokens: int | None
+) -> Windows:
+    """The same for a model that is not loaded: its tokenizer, how many positions it has, what it is called."""
+    if positions is not None and seq_len > positions:
         raise RecipeError(
-            f"seq_len {seq_len} is longer than the {longest} positions of {subject.name}",
-            hint=f"set seq_len to at most {longest}",
+            f"seq_len {seq_len} is longer than the {positions} positions of {name}",
+            hint=f"set seq_len to at most {positions}",
         )
-    return make_windows(subject.tokenizer, SEPARATOR.join(read_texts(source)), seq_len, max_tokens, source)
+    return make_windows(tokenizer, SEPARATOR.join(read_texts(source)), seq_len, max_tokens, source)
 
 
 def make_windows(

@@ -455,6 +455,8 @@ def dtype_of(files: ModelFiles, wish: str = "auto") -> torch.dtype:
     """The dtype that weights are kept in: the files' unless ``wish`` names another."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    if wish == "auto" and files.plain is not None:
+        wish = files.plain
     if wish != "auto":
         return names[wish]
     kinds: Sequence[str] = [t.dtype for t in files.tensors.values() if t.dtype in stored]

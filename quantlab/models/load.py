@@ -19,7 +19,8 @@ from quantlab.errors import DataError, MachineError, first_line
 from quantlab.models.blockwise import auto_class
 from quantlab.models.packed_experts import separated
 from quantlab.models.precision import computed_in
-from quantlab.models.safetensors.files import ModelFiles, open_files
+from quantlab.models.safetensors.files import ModelFiles, TensorInfo, open_files
+from quantlab.models.safetensors.tensors import read_tensor
 from quantlab.models.safetensors.weight_files import own_format
 from quantlab.models.vocabulary import embedding_rows, refuse_beyond
 from quantlab.registry import load
@@ -31,7 +32,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
 @dataclass
 class LoadedModel:
     """A model ready to be measured. ``size_bytes`` is that of its weight files; ``params`` counts the
-    original parameters, also of a quantized checkpoint."""
+    original parameters, also of a quantized checkpoint. ``runtime``: what computes it where that is not torch."""
 
     model: Any
     tokenizer: Any
@@ -40,6 +41,7 @@ class LoadedModel:
     path: Path
     size_bytes: int
     params: int
+    runtime: str = ""
 
 
 def pick_device(wish: str = "auto") -> str:
@@ -81,36 +83,46 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quantization: Any = None,
+    runtime: str = "transformers",
 ) -> LoadedModel:
-    """Load a model directory, hub id or ``embedded:<name>`` through transformers: plainly, but for quantized mixtures
-    of experts, which transformers cannot read by itself (see ``packed_experts``).
+    """Load a model directory, GGUF file, hub id or ``embedded:<name>`` through transformers: plainly, but for GGUF
+    files, whose tensors it is given one by one, and for quantized mixtures of experts, which it cannot read by itself
+    (see ``packed_experts``).
 
-    ``quantization`` is a transformers quantization config that is applied while loading (bitsandbytes).
+    ``quantization`` is a transformers quantization config that is applied while loading (bitsandbytes). ``runtime``:
+    with ``llama.cpp`` the model is opened by that (see ``llama_cpp``).
 
     Raises:
         DataError: the files are bad, transformers cannot make a model of them, or they lack a tensor that it would
             start from random numbers. MachineError: a library is missing.
     """
+    if runtime != "transformers":
+        opened: LoadedModel = load("quantlab.models.llama_cpp:open_model")(ref, trust_remote_code)
+        return opened
     files = open_files(ref)
     place = pick_device(device)
     quiet_libraries()
     tokenizer = load_tokenizer(files, trust_remote_code)
     extra = {"quantization_config": quantization} if quantization is not None else {}
-    wanted = _dtype(files, dtype, place)
+    wanted = wanted_dtype(files, dtype, place)
     if own := own_format(files.config):
         model = load(own.load or "")(files.path, wanted).to(place).eval()
         return LoadedModel(
             model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
         )
     loader: Any = auto_class(files)
-    if experts := separated(files, torch.float32, trust_remote_code):
+    source: Path | None = files.path
+    if files.encoding is not None:
+        source, (loader, told) = None, decoded(files)
+        extra |= told
+    elif experts := separated(files, torch.float32, trust_remote_code):
         loader, extra = experts[0], extra | experts[1]
     else:
         extra |= {"trust_remote_code": trust_remote_code}
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws progress bars of its own
             model, info = loader.from_pretrained(
-                files.path, dtype=wanted, device_map={"": place}, output_loading_info=True, **extra
+                source, dtype=wanted, device_map={"": place}, output_loading_info=True, **extra
             )
     except ImportError as error:
         raise MachineError(f"{files.name} needs a library that is not here: {error}") from error
@@ -126,6 +138,34 @@ def load_model(
     return LoadedModel(
         model, tokenizer, place, files.name, files.path, files.size_bytes, count_params(model, files)
     )
+
+
+class _Decoded:
+    """A tensor of a GGUF file as transformers takes slices of safetensors: read when it is loaded."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info, self.shape = info, torch.Size(info.shape)
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return read_tensor(self.info)
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.info.dtype
+
+
+def decoded(files: ModelFiles) -> tuple[Any, dict[str, Any]]:
+    """How to load the model in a GGUF file: a class with ``from_pretrained``, and arguments for it beside no name."""
+    import transformers
+    from transformers import AutoConfig, GenerationConfig
+
+    return getattr(transformers, files.config["architectures"][0]), {
+        "config": AutoConfig.from_pretrained(files.path),
+        "generation_config": GenerationConfig.from_pretrained(files.path),
+        "state_dict": {name: _Decoded(info) for name, info in files.tensors.items()},
+    }
 
 
 def refuse_missing(model: nn.Module, missing: Iterable[str], called: str) -> None:
@@ -148,8 +188,9 @@ def refuse_missing(model: nn.Module, missing: Iterable[str], called: str) -> Non
         raise DataError(f"{called}: tensor {lacking[0]}{more} of {type(model).__name__} is not in its files")
 
 
-def _dtype(files: ModelFiles, wish: str, device: str) -> str | torch.dtype:
-    """What transformers is asked for: float32 where the device cannot multiply what the files hold."""
+def wanted_dtype(files: ModelFiles, wish: str, device: str) -> str | torch.dtype:
+    """What transformers is asked for, "auto" being the type as stored: float32 where the device cannot multiply what
+    the files hold."""
     if wish != "auto":
         found: torch.dtype = getattr(torch, wish)
         return found

@@ -8,6 +8,7 @@ ends with the sum of several peaks instead of one.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -63,3 +64,10 @@ def map_large(threshold: int = 1 << 20) -> None:
         if setting is not None:
             setting(-3, threshold)  # M_MMAP_THRESHOLD; setting it also ends its growing
             setting(-1, threshold)  # M_TRIM_THRESHOLD
+
+
+def keep_few_kernels(count: int = 8) -> None:
+    """Let oneDNN keep so many compiled kernels rather than 1024: experts get another number of tokens each time, every
+    number asks for kernels of its own, and what they hold grows with every block. Read at its first product, hence
+    to be called before any; a value that the user has set stays."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(count))

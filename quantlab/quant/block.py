@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from quantlab.formats.gguf.pack import Blocks
 from quantlab.models.scale_folding import ScaleFolds
 from quantlab.quant.grid import Quantized
 from quantlab.quant.hessian import InputHessian
@@ -84,7 +85,7 @@ class BlockResult:
     the block; weights of layers as [out, in]. ``loss``: mean squared output error a token, by layer, in the original
     coordinates."""
 
-    quantized: dict[str, Quantized] = field(default_factory=dict)
+    quantized: dict[str, Quantized | Blocks] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
 

@@ -133,6 +133,18 @@ class CheckpointWriter:
         file = self._kept_file(index)
         return {n: read_tensor(info) for n, info in read_header(file).items()} if file.is_file() else {}
 
+    def has_outside(self) -> bool:
+        """Whether :meth:`write_outside` was done."""
+        return self._outside_file().is_file()
+
+    def write_outside(self, tensors: Mapping[str, torch.Tensor | TensorInfo]) -> None:
+        """Keep packed matrices from outside the blocks, for :meth:`write_rest`."""
+        _write(self._outside_file(), {name: self._stored(name, t) for name, t in tensors.items()})
+
+    def outside(self) -> dict[str, TensorInfo]:
+        """What was given to :meth:`write_outside`."""
+        return read_header(self._outside_file())
+
     def write_rest(
         self,
         tensors: Mapping[str, torch.Tensor | TensorInfo],
@@ -196,6 +208,9 @@ class CheckpointWriter:
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.rmtree(self.state, ignore_errors=True)
         return failed
+
+    def _outside_file(self) -> Path:
+        return self.state / "outside.safetensors"
 
     def _kept_file(self, index: int) -> Path:
         return self.state / f"kept-{index:05d}.safetensors"

@@ -19,19 +19,23 @@ import torch
 
 # float16 still holds all 8 significant bits of a bfloat16 value down to here (its own steps are 2**-24).
 SMALLEST_SCALE = 2.0**-17
+# Ranges that a search tries: the whole one first, each a thirtieth of it narrower than the one before, down to half.
+SEARCHED = tuple(1 - step / 30 for step in range(16))
 
 
 @dataclass(frozen=True)
 class Grid:
     """The shape of a grid: how many codes, how many columns share a scale, where zero may lie.
 
-    ``group_size`` is -1 for one group a row. ``zero_min`` is 1 for layouts that store ``zero - 1`` unsigned.
+    ``group_size`` is -1 for one group a row. ``zero_min`` is 1 for layouts that store ``zero - 1`` unsigned. ``type``
+    is the block type of a GGUF file, whose grid is its own (``registry.block_types``); the rest then describes it.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     zero_min: int = 0
+    type: str = ""
 
     @property
     def max_code(self) -> int:
@@ -99,6 +103,30 @@ def fit_range(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.
         zero = torch.full_like(scale, float((grid.max_code + 1) // 2))
     else:
         zero = torch.round(-low / scale).clamp(grid.zero_min, grid.max_code)
+    return scale, zero
+
+
+def search(groups: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`fit`, on the range among ``SEARCHED`` on which rounding costs least, the first of equals.
+
+    Args:
+        groups: float32 [rows, group_size].
+        importance: of each column's squared error, float32 [group_size].
+
+    Returns:
+        ``scale`` and ``zero``, float32 [rows].
+    """
+    low, high = groups.amin(dim=-1).clamp(max=0.0), groups.amax(dim=-1).clamp(min=0.0)
+    scale = zero = least = groups.new_empty(0)
+    for shrink in SEARCHED:
+        s, z = fit_range(low * shrink, high * shrink, grid)
+        cost = nearest_values(groups, s, z, grid).sub_(groups).square_() @ importance
+        if not len(least):
+            scale, zero, least = s, z, cost
+            continue
+        better = cost < least
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        least = torch.minimum(cost, least)
     return scale, zero
 
 

@@ -159,6 +159,13 @@ class Collector:
             handle.remove()
         self.next_batch()
 
+    def seen(self) -> dict[str, torch.Tensor]:
+        """What the first linear of each group got in this batch, when it was first called: [..., in]."""
+        found: dict[str, torch.Tensor] = {}
+        for x, name in self._current.values():
+            found.setdefault(name, x)
+        return found
+
     def next_batch(self) -> None:
         """Forget which tensors the last batch shared; call after every forward."""
         self._current.clear()

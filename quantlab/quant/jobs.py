@@ -13,6 +13,7 @@ from quantlab.models.refusals import refuse_unusable
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.quant.selection import Selection, select, summary
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.formats import FORMATS
 
 HEADROOM = 64 * 2**20  # bytes of disk kept free beyond the estimate
 
@@ -60,14 +61,23 @@ def check(
         raise DataError(f"{files.name} is already quantized ({kind})", hint="give the original model")
     if out is not None:
         _check_disk(recipe, out, files)
-    selection(recipe, files, trust_remote_code)
+    chosen = selection(recipe, files, trust_remote_code)
+    if FORMATS[recipe.format].types:
+        from quantlab.quant.block_selection import file_bytes
+
+        file_bytes(recipe, files, chosen, "F16")  # for what it refuses of configuration and tokenizer
 
 
 def selection(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool = False) -> Selection:
     """What a recipe does with the layers of a model. Imports torch."""
     from quantlab.models.blockwise import layers_of
 
-    return select(recipe, layers_of(files, trust_remote_code), files.name)
+    chosen = select(recipe, layers_of(files, trust_remote_code), files.name)
+    if not FORMATS[recipe.format].types:
+        return chosen
+    from quantlab.quant.block_selection import typed
+
+    return typed(chosen, recipe, files)
 
 
 def described(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool = False) -> list[str]:
@@ -76,8 +86,8 @@ def described(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool
 
     if recipe.method == "none":
         return []
-    layers = layers_of(files, trust_remote_code)
-    return summary(select(recipe, layers, files.name), layers, files.params)
+    chosen, layers = selection(recipe, files, trust_remote_code), layers_of(files, trust_remote_code)
+    return summary(chosen, layers, files.params)
 
 
 def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from quantlab import __version__
 from quantlab.errors import DataError, MachineError, RecipeError
 from quantlab.models.refusals import wrapping
 from quantlab.models.safetensors.files import ModelFiles, open_files
+from quantlab.paths import slug
 from quantlab.progress import Progress
 from quantlab.quant.jobs import Job, Outcome, check, group_key
 from quantlab.quant.selection import select
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     import torch
 
     from quantlab.models.blockwise import BlockwiseModel
+    from quantlab.models.safetensors.files import TensorInfo
+    from quantlab.quant.imatrix_store import ImatrixStore
     from quantlab.quant.mixed_precision.choose import Choice
     from quantlab.quant.sequential import Plan, SequentialPass
     from quantlab.quant.verify.reference_logits import ReferencePass
@@ -48,7 +52,8 @@ class Settings:
 
     memory_limit: bytes of resident memory to stay below; activations then lie in files, and freed memory is given back
         at once. None takes what is fastest.
-    save_statistics: where to keep the Hessians. statistics: where they are, from an earlier run.
+    save_statistics: where to keep the Hessians. save_imatrix: the file for their diagonals, as llama.cpp's importance
+        matrix. statistics: where they are, from an earlier run.
     verify: reload every finished checkpoint in a fresh process and compare its logits with the reference.
     early: nothing has been computed in this process yet, so that the fresh one may be forked from it.
     """
@@ -58,6 +63,7 @@ class Settings:
     trust_remote_code: bool = False
     memory_limit: int | None = None
     save_statistics: Path | None = None
+    save_imatrix: Path | None = None
     statistics: Path | None = None
     verify: bool = False
     early: bool = False
@@ -130,7 +136,7 @@ def _groups(jobs: Sequence[Job], settings: Settings) -> list[list[int]]:
         other = next((other for other in groups if other[0] and other[1] == key[1]), None)
         if other is not None:
             groups[other] += groups.pop(key)
-    if len(groups) > 1 and (settings.save_statistics or settings.statistics):
+    if len(groups) > 1 and (settings.save_statistics or settings.statistics or settings.save_imatrix):
         raise RecipeError(
             "these recipes differ in calibration or dtype, so there is no one set of Hessians for them",
             hint="quantize them one after the other",
@@ -198,7 +204,7 @@ class _Group:
     @property
     def sharing(self) -> list[str]:
         """Names of the jobs that are solved from the same pass."""
-        return [j.name for j in self.jobs if j.recipe.needs_calibration and j.recipe.propagate == "original"]
+        return [j.name for j in self.jobs if j.recipe.needs_calibration and j.recipe.propagate != "quantized"]
 
 
 @dataclass
@@ -217,10 +223,11 @@ def _quantize_group(
     settings: Settings,
     reloader: FreshProcess | None,
 ) -> list[Outcome]:
-    from quantlab.models.memory import map_large, resident
+    from quantlab.models.memory import keep_few_kernels, map_large, resident
 
     if settings.memory_limit is not None:
         map_large()
+        keep_few_kernels()
     started, before = time.perf_counter(), resident()
     group = _prepare(jobs, files, device, progress, settings)
     forecasts = _forecasts(group) if settings.verify else []
@@ -264,14 +271,44 @@ def _prepare(
         short = probe_rows(rows, int(opened.config.get_text_config().vocab_size))
         probe = ReferencePass(files, short, str(opened.device), plain_dtype(opened), trust)
     group = _Group(jobs, files, opened, rows, calibration, settings, progress, probe)
+    made: dict[tuple[str, str], TensorInfo] = {}
     for job in jobs:
         plan = make_plan(job, files, opened, calibration, settings.resume)
+        if FORMATS[job.recipe.format].types:
+            plan.outside = _outside_the_blocks(job, files, plan, made, progress)
         if job.recipe.bits == "auto":
             group.open_plans[job.name] = plan
             group.plans.append(width_plans(plan, job.recipe.widths, resume=settings.resume))
         else:
             group.plans.append([plan])
     return group
+
+
+def _outside_the_blocks(
+    job: Job, files: ModelFiles, plan: Plan, made: dict[tuple[str, str], TensorInfo], progress: Progress
+) -> dict[str, TensorInfo]:
+    """The embedding and the head in block types, by name, in a file of the run's state. What was ``made`` for an
+    earlier job is copied; an interrupted run finds its own."""
+    from quantlab.formats.gguf.encode import encode_rows
+    from quantlab.models.safetensors.tensors import read_tensor
+    from quantlab.quant.block_selection import outside
+    from quantlab.registry.block_types import BLOCK_TYPES
+
+    wanted = outside(job.recipe, files)
+    with progress.task(f"{job.name}: embedding and head", total=len(wanted)) as advance:
+        packed: dict[str, torch.Tensor | TensorInfo] = {}
+        if not plan.writer.has_outside():
+            for name, kind in wanted.items():
+                info = files.tensors[f"{name}.weight"]
+                packed[f"{name}.{kind}"] = made.get((name, kind)) or encode_rows(
+                    partial(read_tensor, info), info.shape, BLOCK_TYPES[kind]
+                )
+                advance(1)
+            plan.writer.write_outside(packed)
+    found = plan.writer.outside()
+    held = {name: found[f"{name}.{kind}"] for name, kind in wanted.items()}
+    made.update({(name, kind): held[name] for name, kind in wanted.items()})
+    return held
 
 
 def _forecasts(group: _Group) -> list[dict[str, Any]]:
@@ -288,6 +325,7 @@ def _forecasts(group: _Group) -> list[dict[str, Any]]:
 
 def _solve(group: _Group) -> SequentialPass:
     """Solve every plan, block by block."""
+    from quantlab.calibration.mixture import notes
     from quantlab.quant.sequential import quantize_blocks
 
     progress = group.progress
@@ -296,11 +334,16 @@ def _solve(group: _Group) -> SequentialPass:
         sharing = group.sharing
         shared = f"shared by {', '.join(sharing)}" if len(sharing) > 1 else f"for {group.jobs[0].name}"
         progress.note(f"one calibration pass ({size}, {source}) {shared}")
+        for line in notes(group.calibration):
+            progress.note(line)
     walk = _open_walk(group, [plan for several in group.plans for plan in several])
     try:
         quantize_blocks(group.opened, walk, progress)
     except ValueError as error:  # a solver refuses its Hessian
         raise DataError(f"{group.files.name}: {error}") from error
+    if group.rows is not None and (imatrix := _imatrix(group, group.plans[0][0])) is not None:
+        rows, tokens = group.rows.shape
+        imatrix.write(source=str(group.calibration["source"]), chunks=rows, chunk_size=tokens)
     starved = {name: n for several in group.plans for p in several for name, n in p.writer.starved.items()}
     if starved:
         least = min(starved, key=lambda name: starved[name])
@@ -313,19 +356,43 @@ def _solve(group: _Group) -> SequentialPass:
 
 def _open_walk(group: _Group, plans: Sequence[Plan]) -> SequentialPass:
     from quantlab.quant.hessian_store import StatisticsStore
+    from quantlab.quant.imatrix_store import Keep, KeepBoth
     from quantlab.quant.sequential import open_pass
 
     key = {"model": group.files.digest, "calibration": str(group.calibration.get("digest", ""))}
     blocks, settings = len(group.opened.blocks), group.settings
-    keep = reuse = None
+    reuse, keeps = None, list[Keep]()
     if settings.save_statistics is not None:
-        keep = StatisticsStore.make(settings.save_statistics, blocks, key)
+        keeps.append(StatisticsStore.make(settings.save_statistics, blocks, key))
+    if (imatrix := _imatrix(group, plans[0])) is not None:
+        keeps.append(imatrix)
+    keep = KeepBoth(keeps) if keeps else None
     if settings.statistics is not None:
         reuse = StatisticsStore.open(settings.statistics, blocks, key)
     spill = plans[0].writer.scratch / "activations" if settings.memory_limit else None
     return open_pass(
         group.opened, group.rows, plans, spill=spill, key=key, probe=group.probe, keep=keep, reuse=reuse
     )
+
+
+def _imatrix(group: _Group, plan: Plan) -> ImatrixStore | None:
+    """Where the importance matrix is gathered, if one is wanted.
+
+    Raises:
+        RecipeError: no pass over calibration data from which it could be. DataError: no GGUF names for the model.
+    """
+    target = group.settings.save_imatrix
+    if target is None:
+        return None
+    from quantlab.quant.block_selection import places_of
+    from quantlab.quant.imatrix_store import ImatrixStore
+
+    if group.rows is None or group.settings.statistics is not None or not group.sharing:
+        raise RecipeError(
+            "--save-imatrix: there is no calibration pass over the original model that it could be gathered in",
+            hint="give a recipe that calibrates, with propagate: original and without --statistics",
+        )
+    return ImatrixStore(target, plan.writer.scratch / "imatrix", group.opened, places_of(group.files))
 
 
 def _assemble_job(
@@ -406,7 +473,7 @@ def _verifications(
     claims = []
     for one in finished:
         assert one.plan.probe is not None
-        logits = group.probe.logits(one.plan.probe)
+        logits = group.probe.logits(one.plan.probe, one.plan.outside)
         apart = bool(one.plan.selection.unread)
         claims.append(Check(one.plan.writer.finished, logits, one.outcome.job.name, apart))
     with group.progress.task("reloading what was written"):
@@ -429,7 +496,7 @@ def calibration_rows(
     wanting = [job for job in jobs if job.recipe.needs_calibration]
     if not wanting:
         return None, {}
-    from quantlab.calibration import digest, read_texts, token_rows
+    from quantlab.calibration.mixture import draw_mixture
     from quantlab.models.load import load_tokenizer
 
     wish: Calibration = wanting[0].recipe.calibration
@@ -439,10 +506,8 @@ def calibration_rows(
             f"calibration.seq_len {wish.seq_len} is longer than the {limit} positions of {files.name}",
             hint=f"--set calibration.seq_len={limit}",
         )
-    texts = read_texts(wish.source)
-    tokenizer = load_tokenizer(files, trust_remote_code)
-    rows = token_rows(texts, tokenizer, rows=wish.rows, seq_len=wish.seq_len, seed=wish.seed)
-    return rows, {"source": wish.source, "rows": wish.rows, "seq_len": wish.seq_len, "digest": digest(rows)}
+    mixture = draw_mixture(wish, load_tokenizer(files, trust_remote_code))
+    return mixture.rows, mixture.record()
 
 
 def make_plan(
@@ -462,6 +527,10 @@ def make_plan(
     writer = CheckpointWriter(job.out, opened.stored_prefix, len(opened.blocks), dtype, key, resume=resume)
     writer.exact = opened.exact
     chosen = select(recipe, opened.layers, files.name)
+    if held.types:
+        from quantlab.quant.block_selection import typed
+
+        chosen = typed(chosen, recipe, files)
     grid = Grid(max(recipe.widths), chosen.usual_size(), recipe.symmetric, held.zero_min)
     propagate = recipe.propagate if recipe.needs_calibration else "original"
     options = recipe.options().model_dump()
@@ -488,7 +557,11 @@ def assemble(
     inside = tuple(f"{opened.stored_prefix}.{index}." for index in range(len(opened.blocks)))
     rest = {n: info for n, info in files.tensors.items() if not n.startswith(inside)}
     carried = {n: info for n, info in rest.items() if opened.is_carried(n)}
-    plan.writer.write_rest({n: info for n, info in rest.items() if n not in carried}, carried)
+    plain: dict[str, TensorInfo] = {n: info for n, info in rest.items() if n not in carried}
+    for name, info in plan.outside.items():  # packed in place of the model's own
+        del plain[f"{name}.weight"]
+        plain[info.name] = info
+    plan.writer.write_rest(plain, carried)
     recipe, held, names = job.recipe, FORMATS[job.recipe.format], opened.names
     layers = dict(widths) if widths else plan.selection.stored()
     aliases = {name: names.in_model(name) for name in layers if names.in_model(name) != name}
@@ -504,6 +577,8 @@ def assemble(
         kept=list(plan.selection.kept),
         blocks=opened.prefix,
         aliases=aliases,
+        type=recipe.type or "",
+        name=slug(files.name),
     )
     described = format_module(recipe.format).config(contents)
     config = {k: v for k, v in files.config.items() if k not in ("torch_dtype", "dtype")}

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import regex
+
 from quantlab.errors import DataError, RecipeError
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry.formats import FORMATS, PACKING, common_group_sizes, fitting_widths, misfit
@@ -31,15 +33,18 @@ AUTO_SIZES = (128, 64, 32)
 AUTO = 0  # a group size that is still to be chosen
 IGNORED = "the recipe ignores it"
 EXPERTS = r"re:\.experts\.\d+\."  # what is ignored where a recipe names no format and none is read
+SECONDS_A_NAME = 1.0  # what a pattern, which may be a stranger's, may take on the name of one layer
 UNREAD = "transformers reads such experts packed in no format"
 
 
 class Width(NamedTuple):
-    """How a layer is quantized. ``method`` is empty where it is the recipe's."""
+    """How a layer is quantized. ``method`` is empty where it is the recipe's, ``type`` where the format has no block
+    types. Of a layer of a block type, ``bits`` and ``group_size`` are those of the type."""
 
     bits: int
     group_size: int
     method: str = ""
+    type: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def select(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
             used.add(pattern)
             kept[name] = UNREAD if pattern == EXPERTS else IGNORED
             continue
-        wish = Width(max(recipe.widths), _size(recipe.group_size))
+        wish = Width(max(recipe.widths), _size(recipe.group_size), "", recipe.type or "")
         if pattern := _first(recipe.overrides, name):
             used.add(pattern)
             wish = _overridden(recipe, pattern)
@@ -111,7 +116,7 @@ def select(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
             kept[name] = odd[0]
         elif (reason := _unfit(recipe.format, recipe.bits == "auto", wish, rows, columns)) is None:
             open_layers[name] = wish
-        elif wish.group_size > 0 and columns % wish.group_size:  # a size that was written
+        elif wish.group_size > 0 and columns % wish.group_size and not held.types:  # a size that was written
             raise _misfit(called, name, reason, layers)
         else:
             kept[name] = reason
@@ -175,7 +180,13 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a pattern of ``ignore`` or ``overrides`` means the layer ``name``: its whole name, the end of it after a
     dot, a part of the tree that holds it, or a regular expression (``re:...``) that is found in it."""
     if pattern.startswith("re:"):
-        return re.search(pattern.removeprefix("re:"), name) is not None
+        try:
+            return regex.search(pattern.removeprefix("re:"), name, timeout=SECONDS_A_NAME) is not None
+        except TimeoutError:
+            raise RecipeError(
+                f"the pattern {pattern!r} takes longer than {SECONDS_A_NAME:g} s on {name}",
+                hint="write it without a repetition inside a repetition",
+            ) from None
     return name == pattern or name.endswith("." + pattern) or name.startswith(pattern + ".")
 
 
@@ -190,7 +201,8 @@ def _size(written: int | str) -> int:
 def _overridden(recipe: QuantizeRecipe, pattern: str) -> Width:
     change = recipe.overrides[pattern]
     size = recipe.group_size if change.group_size is None else change.group_size
-    return Width(change.bits or max(recipe.widths), _size(size), change.method or "")
+    kind = change.type or recipe.type or ""
+    return Width(change.bits or max(recipe.widths), _size(size), change.method or "", kind)
 
 
 def _unfit(format: str, any_width: bool, wish: Width, rows: int, columns: int) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, create_model, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, create_model, field_validator, model_validator
 
 from quantlab.paths import nearest
 from quantlab.registry.strict import Positive, Strict
@@ -16,6 +17,7 @@ from quantlab.registry.tasks import (
     GENERAL_CALIBRATION,
     TASKS,
     KvCacheOptions,
+    LmEvalOptions,
     SeqLen,
     is_task,
     options_key,
@@ -27,15 +29,87 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULTS = 1
 
 
+class WeightedSource(Strict):
+    """One source of a mixture."""
+
+    source: str = Field(description="a file, a bundled name, `hf:…`")
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=1.0, description="its share of the rows, relative to the other sources'"
+    )
+
+
+def _one_or_several(value: Any) -> str:
+    return "|list" if isinstance(value, list) else "|name"
+
+
+def _plain_or_weighted(value: Any) -> str:
+    return "|weighted" if isinstance(value, dict | WeightedSource) else "|name"
+
+
+# Tags begin with `quantlab.registry.strict.ALTERNATIVE`.
+_Name = Annotated[str, Tag("|name")]
+_Weighted = Annotated[WeightedSource, Tag("|weighted")]
+_OneOfSeveral = Annotated[_Name | _Weighted, Discriminator(_plain_or_weighted)]
+_Several = Annotated[list[_OneOfSeveral], Field(min_length=1), Tag("|list")]
+Sources = Annotated[_Name | _Several, Discriminator(_one_or_several)]
+
+
 class Calibration(Strict):
     """Texts that the Hessians are gathered from: `rows` windows of `seq_len` tokens drawn with `seed`."""
 
-    source: str = Field(
-        default=GENERAL_CALIBRATION, description="calibration text: a file, a bundled name, `hf:…`"
+    source: Sources = Field(
+        default=GENERAL_CALIBRATION,
+        description="calibration text: a file, a bundled name, `hf:…`, or a list of them, each with a `weight`",
     )
     rows: Positive = Field(default=128, description="windows drawn from it")
     seq_len: SeqLen = Field(default=512, description="tokens in a window")
     seed: int = Field(default=0, description="of the drawing")
+    pack: bool = Field(
+        default=True,
+        description="documents are joined and cut into windows; false: a row is the beginning of a document that is at "
+        "least `seq_len` tokens long",
+    )
+    special_tokens: bool = Field(
+        default=False, description="a row begins with what the tokenizer puts before a text (bos)"
+    )
+
+    @field_validator("source", mode="after")
+    @classmethod
+    def _one_is_no_mixture(cls, value: str | list[str | WeightedSource]) -> str | list[str | WeightedSource]:
+        if isinstance(value, list) and len(value) == 1:
+            return value[0] if isinstance(value[0], str) else value[0].source
+        return value
+
+    @model_validator(mode="after")
+    def _every_source_gives_rows(self) -> Calibration:
+        names = [one.source for one in self.sources]
+        for name, count in zip(names, self.shares(), strict=True):
+            if names.count(name) > 1:
+                raise ValueError(f"@source: {name!r} is named twice; give it one weight")
+            if count == 0:
+                raise ValueError(f"@rows: {self.rows} rows in these weights leave none for {name!r}")
+        return self
+
+    @property
+    def sources(self) -> list[WeightedSource]:
+        """Every source with its weight."""
+        written = self.source if isinstance(self.source, list) else [self.source]
+        return [WeightedSource(source=one) if isinstance(one, str) else one for one in written]
+
+    def shares(self) -> list[int]:
+        """Rows of each source, in proportion to the weights, rounded by largest remainder."""
+        weights = [Fraction(one.weight) for one in self.sources]
+        exact = [self.rows * weight / sum(weights) for weight in weights]
+        counts = [int(share) for share in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda n: counts[n] - exact[n])
+        for n in by_remainder[: self.rows - sum(counts)]:
+            counts[n] += 1
+        return counts
+
+    def named_sources(self) -> str:
+        """The sources in one line."""
+        several = [f"{one.source} ({one.weight:g})" for one in self.sources]
+        return self.source if isinstance(self.source, str) else " + ".join(several)
 
 
 class _TaskOptions(Strict):
@@ -55,6 +129,8 @@ class _TaskOptions(Strict):
         options = getattr(self, options_key(name)).model_copy(update={"task": rest} if rest else None)
         if TASKS[name].cached:
             options._kv_cache = self.kv_cache
+        if isinstance(options, LmEvalOptions):
+            options._prompt = self.text2sql.prompt
         return options
 
 

@@ -55,7 +55,7 @@ class Student(Strict):
     its own format, and only adapters are trained."""
 
     model: str = Field(
-        description="base model: a Hugging Face id, a directory, or embedded:base; may be stored quantized"
+        description="base model: a Hugging Face id, a directory, a GGUF file, or embedded:base; may be stored quantized"
     )
     mode: Literal["full", "lora", "qlora"] = Field(
         default="lora", description="what is trained: all weights, adapters, or adapters over the base in NF4"

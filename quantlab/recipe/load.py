@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from quantlab.errors import DataError, RecipeError
 from quantlab.paths import bundled, nearest
@@ -17,6 +17,7 @@ from quantlab.recipe.base import BaseRecipe
 from quantlab.recipe.distill import DistillRecipe
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.recipe.yaml_errors import Places
+from quantlab.registry.tasks import task_of
 from quantlab.textfile import read_text
 
 R = TypeVar("R", bound=BaseRecipe)
@@ -26,6 +27,19 @@ class EvaluateRecipe(BaseRecipe):
     """Measurements alone, for a model as it is stored."""
 
     kind: Literal["evaluate"] = "evaluate"
+    runtime: Literal["transformers", "llama.cpp"] = Field(
+        default="transformers", description="what computes the model: llama.cpp runs GGUF files, on the CPU"
+    )
+
+    @model_validator(mode="after")
+    def _what_the_runtime_can(self) -> EvaluateRecipe:
+        wanting = [entry for entry in self.evaluate if not task_of(entry).cached]  # they hand the model on
+        wanting += ["tasks.kv_cache"] if self.tasks.kv_cache else []
+        if "speed" in self.evaluate and self.tasks.speed.batch_size > 1:
+            wanting += ["tasks.speed.batch_size above 1"]
+        if self.runtime != "transformers" and wanting:
+            raise ValueError(f"@runtime: {wanting[0]} needs transformers, {self.runtime} was asked for")
+        return self
 
 
 Recipe = QuantizeRecipe | EvaluateRecipe | DistillRecipe

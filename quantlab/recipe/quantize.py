@@ -7,9 +7,9 @@ round-to-nearest was written in the belief that it does something. What methods 
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+import regex
 from pydantic import (
     Field,
     ModelWrapValidatorHandler,
@@ -20,8 +20,10 @@ from pydantic import (
 )
 
 from quantlab.recipe.base import BaseRecipe, Calibration
-from quantlab.registry.formats import FORMATS, GROUP_SIZES, PACKING
+from quantlab.registry.block_types import BLOCK_TYPES
+from quantlab.registry.formats import FORMATS, GROUP_SIZES, OF_BLOCKS, PACKING
 from quantlab.registry.methods import METHODS, Options
+from quantlab.registry.mixtures import TYPES, USUAL_TYPE, base_type
 from quantlab.registry.strict import Strict
 
 GROUPS = (-1, *GROUP_SIZES)
@@ -31,7 +33,9 @@ _KEYS: dict[str, frozenset[str]] = {
     name: frozenset(method.options.model_fields)
     | (frozenset() if method.fixed else frozenset({*_GRID, "overrides"}))
     | (frozenset({"ignore"}) if method.solve else frozenset())
-    | ({"calibration", "propagate", "target_bits"} if method.calibrated else frozenset())
+    | (frozenset({"type"}) if method.blocks else frozenset())
+    | ({"calibration", "propagate"} if method.calibrated else frozenset())
+    | ({"target_bits"} if method.calibrated and method.solver(of_blocks=False) else frozenset())
     for name, method in METHODS.items()
 }
 _METHOD_KEYS = frozenset().union(*_KEYS.values())
@@ -39,8 +43,10 @@ _METHOD_KEYS = frozenset().union(*_KEYS.values())
 if TYPE_CHECKING:
     from builtins import str as FormatName
     from builtins import str as MethodName
+    from builtins import str as TypeName
 else:
     MethodName, FormatName = Literal[tuple(METHODS)], Literal[tuple(FORMATS)]
+    TypeName = Literal[TYPES]
 
 
 class Override(Strict):
@@ -51,13 +57,15 @@ class Override(Strict):
     )
     group_size: int | Literal["auto"] | None = Field(default=None, description="columns that share a scale")
     method: str | None = Field(default=None, description="another method, with its own defaults")
+    type: TypeName | None = Field(default=None, description="another block type, in a GGUF file")
 
 
 class _QuantizeRecipe(BaseRecipe):
     kind: Literal["quantize"] = "quantize"
     method: MethodName = Field(description="how weights are rounded")
-    bits: Literal[2, 3, 4, 8, 16, "auto"] = Field(
-        default=4, description="width of a code; auto: a width for each layer, `target_bits` on average"
+    bits: Literal[2, 3, 4, 5, 6, 8, 16, "auto"] = Field(
+        default=4,
+        description="width of a code; auto: a width for each layer, `target_bits` on average; gguf: as `type` says",
     )
     target_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
         default=None, description="with `bits: auto`: average width over all weights"
@@ -70,11 +78,18 @@ class _QuantizeRecipe(BaseRecipe):
     symmetric: bool = Field(
         default=True, description="zero in the middle of the grid; awq: false unless named"
     )
-    propagate: Literal["original", "quantized"] = Field(
-        default="original", description="whose outputs the next block is calibrated on"
+    propagate: Literal["original", "quantized", "corrected"] = Field(
+        default="original",
+        description="whose outputs the next block is calibrated on; corrected: on the original's, and each layer aims "
+        "at the original's output on what the quantized layers before it give",
     )
     format: FormatName = Field(
         default="gptq", description="what the checkpoint is written in; left out: as the method has it"
+    )
+    type: TypeName | None = Field(
+        default=None,
+        description="with `format: gguf`: the block type of most matrices, or one of llama.cpp's mixtures; left out: "
+        "`Q4_K_M`",
     )
     ignore: list[str] = Field(
         default_factory=list,
@@ -117,8 +132,14 @@ class _QuantizeRecipe(BaseRecipe):
         for key in [key for key in data if key in _METHOD_KEYS - _KEYS[name]]:
             if key not in fixed or data[key] != fixed[key]:
                 raise ValueError(f"@{key}: {_why_not(name, key)}")
+        for key, option in method.options.model_fields.items():
+            filled.setdefault(key, option.default)
         if fixed:
             return filled | fixed
+        if data.get("type") is not None and "format" not in data:
+            filled["format"] = OF_BLOCKS[0]
+        if filled.get("format", method.formats[0]) in OF_BLOCKS:
+            return cls._fill_by_type(filled)
         bits = data.get("bits", 4)
         fitting = [
             f for f in method.formats if (bits == "auto" and FORMATS[f].mixed) or bits in FORMATS[f].bits
@@ -130,6 +151,19 @@ class _QuantizeRecipe(BaseRecipe):
         filled.setdefault("group_size", "auto")
         return filled
 
+    @staticmethod
+    def _fill_by_type(filled: dict[str, Any]) -> dict[str, Any]:
+        """In a format of block types these say what a grid is; it may be repeated, not contradicted."""
+        filled.setdefault("format", OF_BLOCKS[0])
+        filled["type"] = filled.get("type") or USUAL_TYPE
+        kind = BLOCK_TYPES.get(base_type(str(filled.get("type"))))
+        if kind is None:
+            return filled  # the field check says what is wrong
+        for key, value in (("bits", kind.bits), ("group_size", kind.group), ("symmetric", not kind.minimum)):
+            if filled.setdefault(key, value) != value:
+                raise ValueError(f"@{key}: the type {filled['type']} has {key}: {value}; leave the key out")
+        return filled
+
     @model_validator(mode="after")
     def _format_holds_it(self) -> Self:
         name = self.method
@@ -137,6 +171,19 @@ class _QuantizeRecipe(BaseRecipe):
         if METHODS[name].fixed:
             self.options()
             return self
+        if self.propagate == "corrected":
+            self._can_be_corrected()
+        if self.format in OF_BLOCKS:
+            self._blocks_hold_it()
+            return self
+        if self.type is not None:
+            raise ValueError(
+                f"@type: goes with format: {' or '.join(OF_BLOCKS)}, not with format: {self.format}"
+            )
+        if METHODS[name].solver(of_blocks=False) is None:
+            raise ValueError(
+                f"@format: {name} is written as {' or '.join(METHODS[name].formats)}, not {self.format!r}"
+            )
         if self.bits == 16:
             raise ValueError(f"@bits: {name} stores 2, 3, 4 or 8 bits")
         if self.group_size not in (*GROUPS, "auto"):
@@ -150,7 +197,7 @@ class _QuantizeRecipe(BaseRecipe):
             raise ValueError(f"@target_bits: goes with bits: auto, not with bits: {self.bits}")
         elif self.bits not in held.bits:
             bits = self.bits
-            others = [other for other in PACKING if bits in FORMATS[other].bits]
+            others = [other for other in PACKING if bits in FORMATS[other].bits] or OF_BLOCKS
             raise ValueError(
                 f"@bits: the {self.format} format holds {', '.join(map(str, held.bits))} bits only, not {bits}; "
                 f"for {bits} bits set format: {' or '.join(others)}"
@@ -174,14 +221,41 @@ class _QuantizeRecipe(BaseRecipe):
             )
         return self
 
+    def _blocks_hold_it(self) -> None:
+        """What a format of block types asks of a recipe."""
+        if METHODS[self.method].blocks is None:
+            others = [name for name, method in METHODS.items() if method.blocks]
+            raise ValueError(f"@format: {self.method} does not round to block types; {', '.join(others)} do")
+        if self.target_bits is not None:
+            raise ValueError("@target_bits: goes with bits: auto, which block types do not have")
+        if self.options().reorders:
+            raise ValueError(
+                "@act_order: a GGUF file cannot store a column order; set act_order: group, or static_groups: true"
+            )
+        if "clip_search" in self.model_fields_set and self.clip_search:
+            raise ValueError("@clip_search: block types have their scales searched anyway; leave the key out")
+
+    def _can_be_corrected(self) -> None:
+        """Layers are solved one after the other then."""
+        if METHODS[self.method].needs & {"folds", "inputs"}:
+            raise ValueError(
+                f"@propagate: {self.method} looks at all layers of a block at once; corrected solves one after the "
+                "other: expected original or quantized"
+            )
+        if self.bits == "auto":
+            raise ValueError(
+                "@propagate: bits: auto takes each layer from one of several solutions, and corrected makes layers "
+                "that fit those of one: expected original or quantized"
+            )
+
     def _patterns_compile(self) -> None:
         for key, patterns in (("ignore", self.ignore), ("overrides", [*self.overrides])):
             for pattern in patterns:
                 if not pattern.strip() or pattern == "re:":
                     raise ValueError(f"@{key}: an empty name")
                 try:
-                    re.compile(pattern.removeprefix("re:"))
-                except re.error as error:
+                    regex.compile(pattern.removeprefix("re:"))
+                except regex.error as error:
                     raise ValueError(f"@{key}: {pattern!r} is no regular expression: {error}") from None
         for pattern, change in self.overrides.items():
             self._override_is_possible(pattern, change)
@@ -189,6 +263,12 @@ class _QuantizeRecipe(BaseRecipe):
     def _override_is_possible(self, pattern: str, change: Override) -> None:
         where = f"@overrides: {pattern!r}:"
         held = FORMATS[self.format]
+        if held.types:
+            if change.bits not in (None, 16) or change.group_size is not None or change.method is not None:
+                raise ValueError(f"{where} in a GGUF file a layer has a type of its own, or bits: 16")
+            return
+        if change.type is not None:
+            raise ValueError(f"{where} type: goes with format: {' or '.join(OF_BLOCKS)}")
         if self.bits == "auto":
             raise ValueError(f"{where} bits: auto chooses the widths itself; ignore leaves layers in 16 bits")
         if change.bits not in (None, 16, *held.bits):
@@ -200,7 +280,9 @@ class _QuantizeRecipe(BaseRecipe):
         others = [
             name
             for name, method in METHODS.items()
-            if method.solve and not method.fixed and method.needs <= METHODS[self.method].needs
+            if method.solver(of_blocks=False)
+            and not method.fixed
+            and method.needs <= METHODS[self.method].needs
         ]
         if change.method is not None and change.method not in others:
             raise ValueError(
@@ -233,14 +315,19 @@ class _QuantizeRecipe(BaseRecipe):
             )
 
     def decides(self) -> dict[str, Any]:
-        """As of every recipe. `group_size: auto` is left out as the default is: where both can be applied to a model
-        they do the same, and where they do not, auto is settled to another number or 128 is refused."""
+        """As of every recipe; a key of several methods is at its default where it is at this method's.
+        `group_size: auto` is left out as the default is: where both can be applied to a model they do the same, and
+        where they do not, auto is settled to another number or 128 is refused."""
         found = super().decides()
+        for key, option in METHODS[self.method].options.model_fields.items():
+            found.pop(key, None)
+            if (value := getattr(self, key)) != option.default:
+                found[key] = value
         return {key: value for key, value in found.items() if (key, value) != ("group_size", "auto")}
 
     def unused(self) -> set[str]:
         silent = {"target_bits"} if self.target_bits is None else set()
-        silent |= {key for key in ("ignore", "overrides") if not getattr(self, key)}
+        silent |= {key for key in ("ignore", "overrides", "type") if not getattr(self, key)}
         return set(_METHOD_KEYS - _KEYS[self.method]) | silent
 
     @property

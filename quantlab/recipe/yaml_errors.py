@@ -13,8 +13,10 @@ from pydantic import BaseModel, ValidationError
 
 from quantlab.errors import RecipeError
 from quantlab.paths import nearest
+from quantlab.registry.strict import ALTERNATIVE
 
 Key = tuple[str | int, ...]
+MOST_VALUES = 100_000  # in one file; a page of aliases of aliases stands for billions
 
 
 class Places:
@@ -54,6 +56,10 @@ def read_mapping(text: str, name: str) -> tuple[dict[str, Any], Places]:
 
 
 def _walk(node: yaml.Node, key: Key, places: Places) -> None:
+    if len(places.lines) > MOST_VALUES:
+        raise RecipeError(
+            f"{places.name}: more than {MOST_VALUES:,} values, aliases counted as often as used"
+        )
     places.lines.setdefault(key, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
@@ -98,7 +104,7 @@ def explain(error: ValidationError, model: type[BaseModel], places: Places) -> l
     """One line a mistake: place, key, what was expected, the nearest valid name."""
     lines = []
     for item in error.errors(include_url=False):
-        key: Key = item["loc"]
+        key: Key = tuple(part for part in item["loc"] if not str(part).startswith(ALTERNATIVE))
         kind, said = item["type"], item["msg"]
         if kind == "value_error" and said.startswith("Value error, @"):  # from recipe.py: "@key: reason"
             name, _, reason = said.partition("@")[2].partition(": ")
@@ -129,12 +135,17 @@ def _keys(model: type[BaseModel], path: Key) -> list[str]:
     """Names of the fields of the (nested) model at `path`."""
     current: Any = model
     for part in path:
+        if isinstance(part, int):  # a place in a list, whose items the list's type was searched for
+            continue
         field = current.model_fields.get(part)
-        if field is None:
-            return []
-        current = next(
-            (t for t in (field.annotation, *get_args(field.annotation)) if hasattr(t, "model_fields")), None
-        )
+        current = None if field is None else _model_in(field.annotation)
         if current is None:
             return []
     return list(current.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The first model in a type, however deep inside unions and lists; None where there is none."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)

@@ -12,6 +12,11 @@ with the tensors that ``Format.tensors`` names, and for the checkpoint::
 
 which is the ``quantization_config``.
 
+One that holds block types (``types``) rather than widths has, for one linear::
+
+    pack(blocks) -> dict[str, Tensor]
+    packed(tensors, name) -> blocks, or None
+
 A format that is not safetensors has ``export``: a function that is given the finished checkpoint with its parts in the
 form above, and writes files of its own in their place (see ``quant/export.py``).
 """
@@ -21,6 +26,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from quantlab.registry.block_types import BLOCK_TYPES
+from quantlab.registry.mixtures import TYPES
 
 Entry = tuple[str, tuple[int, ...]]  # type as safetensors names it, shape
 GROUP_SIZES = (16, 32, 64, 128)
@@ -51,6 +59,7 @@ class Contents:
     ignore: all linears that are left as they are, by their names in the skeleton and in the files.
     kept: those of them that a recipe or their shape left out. blocks: the block list's name in the skeleton.
     aliases: names of quantized linears in the skeleton, where readers that go by those find them under others.
+    type: the block type or mixture, where the format has those. name: what the model is called.
     """
 
     layers: Mapping[str, tuple[int, int]]
@@ -64,11 +73,14 @@ class Contents:
     kept: Sequence[str] = ()
     blocks: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    type: str = ""
+    name: str = ""
 
 
 class Linear(NamedTuple):
-    """A linear that is to be stored: [rows, columns] weights at ``bits``, ``groups`` of columns, ``plain`` the type of
-    the checkpoint's plain tensors, ``floating`` whether codes are 8-bit floating point numbers."""
+    """A linear that is to be stored: [rows, columns] weights at ``bits``, ``groups`` of columns, ``plain`` the type
+    of the checkpoint's plain tensors, ``floating`` whether codes are 8-bit floating point numbers, ``type`` its block
+    type."""
 
     rows: int
     columns: int
@@ -76,6 +88,7 @@ class Linear(NamedTuple):
     groups: int
     plain: str
     floating: bool = False
+    type: str = ""
 
 
 def _any_shape(bits: int, columns: int, rows: int) -> str | None:
@@ -102,7 +115,8 @@ class Format:
     of its own that are all ones. readers, expert_readers: who reads it right, the second where experts are packed
     that transformers alone does not read. merges: whether transformers merges packed experts. converts: whether it
     reads the format where it computes other tensors from those in the files. requires: modules that must import to
-    load a checkpoint. export: "module:function" that writes files of its own. load: "module:function" that opens such
+    load a checkpoint. types: the block types and mixtures that it holds; empty where a width and a group size say all.
+    export: "module:function" that writes files of its own. load: "module:function" that opens such
     files as a transformers model."""
 
     about: str
@@ -124,6 +138,7 @@ class Format:
     merges: bool = False
     converts: bool = True
     requires: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
     export: str | None = None
     load: str | None = None
 
@@ -188,6 +203,13 @@ def _compressed_tensors(linear: Linear) -> dict[str, Entry]:
         "weight_packed": ("I32", (rows, -(-columns * bits // 32))),
         "weight_shape": ("I64", (2,)),
     }
+
+
+def _gguf_tensors(linear: Linear) -> dict[str, Entry]:
+    """While a run goes on: one tensor of bytes, called by its type."""
+    if not linear.type:
+        return {name: ("U8", (1, kind.bytes)) for name, kind in BLOCK_TYPES.items()}
+    return {linear.type: ("U8", (linear.rows, BLOCK_TYPES[linear.type].row_bytes(linear.columns)))}
 
 
 # transformers 5 merges a layer's experts into one parameter while it loads, takes none of the packed ones, starts them
@@ -272,6 +294,21 @@ FORMATS: dict[str, Format] = {
         marks=("weight_packed", "weight_scale"),
         requires=("compressed_tensors",),
     ),
+    "gguf": Format(
+        "one GGUF file of ggml's block types",
+        Readers(("llama.cpp", "Ollama", "LM Studio", "quantlab"), ("llama-cpp-python",)),
+        module="quantlab.formats.gguf.checkpoint",
+        bits=(2, 3, 4, 5, 6, 8),
+        asymmetric=True,
+        mixed=True,
+        tensors=_gguf_tensors,
+        merges=True,
+        marks=tuple(BLOCK_TYPES),
+        requires=("gguf",),
+        types=TYPES,
+        export="quantlab.formats.gguf.checkpoint:export",
+        load="quantlab.formats.gguf.checkpoint:load",
+    ),
     "bitsandbytes": Format(
         "bitsandbytes' own storage",
         Readers(("transformers", "vLLM"), ("transformers", "accelerate", "bitsandbytes")),
@@ -279,7 +316,9 @@ FORMATS: dict[str, Format] = {
     ),
 }
 
-PACKING: tuple[str, ...] = tuple(name for name, found in FORMATS.items() if found.module)
+# Formats that quantlab packs itself: of one width and group size a linear, and of block types.
+PACKING: tuple[str, ...] = tuple(n for n, found in FORMATS.items() if found.module and not found.types)
+OF_BLOCKS: tuple[str, ...] = tuple(n for n, found in FORMATS.items() if found.types)
 
 
 def readers(format: str, unread: str = "") -> Readers:

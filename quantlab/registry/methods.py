@@ -47,6 +47,7 @@ class GptqOptions(Options):
     damp: Annotated[float, Field(gt=0, le=1, strict=False)] = Field(
         default=0.01, description="share of the Hessian's mean diagonal that is added to its diagonal"
     )
+    clip_search: bool = Field(default=False, description="search for the clipping range of each group")
 
     @model_validator(mode="after")
     def _static_groups_have_an_order(self) -> Self:
@@ -95,6 +96,8 @@ class Method:
 
     about: one line for people.
     solve: the function on one block; None where there is nothing to solve or a library does it.
+    blocks: the same for formats of block types (``Format.types``); None where the method has none. A method whose
+        ``solve`` is the same function is for those formats alone.
     whole: the function on a whole model, for methods of a library with a storage of its own.
     options: the recipe keys that it has beside bits, group_size, symmetric and format.
     fixed: bits, group size, symmetric and format where the method leaves no choice.
@@ -111,6 +114,7 @@ class Method:
 
     about: str
     solve: str | None = None
+    blocks: str | None = None
     whole: str | None = None
     options: type[Options] = Options
     fixed: Fixed | None = None
@@ -127,13 +131,19 @@ class Method:
         """Whether it looks at calibration data."""
         return bool(self.needs & {"hessian", "inputs"})
 
+    def solver(self, *, of_blocks: bool) -> str | None:
+        """The function that solves for a format, of block types or not; None where there is none."""
+        return self.blocks if of_blocks else (None if self.solve == self.blocks else self.solve)
+
 
 SCREENED, CLIP_STEPS = 128, 11  # rows and ranges that the AWQ search tries
 
 
 def _gptq_cost(layers: Layers, options: Mapping[str, Any], widths: int) -> Cost:
     """The Hessian's Cholesky factor and inverse, and the update of all later columns by each one."""
-    return Cost(sum(columns**3 + widths * rows * columns**2 for columns, rows in layers), 40 * widths)
+    searched = 16 * 8 if options["clip_search"] else 0
+    products = sum(columns**3 + widths * rows * columns**2 for columns, rows in layers)
+    return Cost(products, (40 + searched) * widths)
 
 
 def _awq_cost(layers: Layers, options: Mapping[str, Any], widths: int) -> Cost:
@@ -152,6 +162,7 @@ METHODS: dict[str, Method] = {
     "rtn": Method(
         "round to nearest: each weight to the closest point of its group's grid",
         solve="quantlab.quant.methods.rtn:quantize_block",
+        blocks="quantlab.quant.methods.rtn_blocks:quantize_block",
         colour="#c0392b",
     ),
     "bnb-int8": Method(
@@ -177,6 +188,7 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         "GPTQ: column by column, each error compensated by the columns that follow",
         solve="quantlab.quant.methods.gptq:quantize_block",
+        blocks="quantlab.quant.methods.gptq_blocks:quantize_block",
         options=GptqOptions,
         needs=frozenset({"hessian"}),
         cost=_gptq_cost,
@@ -191,6 +203,15 @@ METHODS: dict[str, Method] = {
         needs=frozenset({"hessian", "folds"}),
         cost=_awq_cost,
         colour="#1e8449",
+    ),
+    "imatrix": Method(
+        "round to nearest in a GGUF file's block types, weighted by the importance matrix",
+        solve="quantlab.quant.methods.rtn_blocks:quantize_block_by_importance",
+        blocks="quantlab.quant.methods.rtn_blocks:quantize_block_by_importance",
+        formats=("gguf",),
+        needs=frozenset({"hessian"}),
+        cost=lambda layers, options, widths: Cost(0, 300 * widths),
+        colour="#b9770e",
     ),
     "fp8": Method(
         "8-bit floating point (E4M3), per-channel scales",

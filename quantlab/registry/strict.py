@@ -12,3 +12,4 @@ class Strict(BaseModel):
 
 
 Positive = Annotated[int, Field(ge=1)]
+ALTERNATIVE = "|"  # begins the tag of an alternative of a key's type; messages leave such tags out

@@ -70,6 +70,33 @@ class FidelityOptions(CachedOptions):
     max_tokens: Positive | None = Field(
         default=16384, description="no more than so many tokens; null for all"
     )
+    reference: Literal["disk", "memory"] = Field(
+        default="disk",
+        description="the original's log-probabilities are kept in the cache folder; memory: the original is held in "
+        "memory beside the model, nothing is kept",
+    )
+
+
+class PromptOptions(Strict):
+    """How a question is put: the wording, and what is said of the schema behind its DDL."""
+
+    language: Literal["auto", "ko", "en"] = Field(
+        default="auto", description="of the bundled wording; auto: Korean where the questions of the data are"
+    )
+    file: str | None = Field(default=None, description="a wording of your own, a YAML file")
+    values: Annotated[int, Field(ge=0, le=50)] = Field(
+        default=0, description="so many distinct values of each column, where there is a database"
+    )
+    descriptions: bool = Field(
+        default=False,
+        description="what columns mean: a row's `descriptions`, else BIRD's `database_description`",
+    )
+
+    @model_validator(mode="after")
+    def _one_wording(self) -> Self:
+        if self.file is not None and self.language != "auto":
+            raise ValueError("@language: a file is a wording of its own; leave one of the two out")
+        return self
 
 
 class Text2SqlOptions(CachedOptions):
@@ -99,6 +126,7 @@ class Text2SqlOptions(CachedOptions):
     dialect: Literal["auto", "sqlite", "mysql", "postgres"] = Field(
         default="auto", description="of golds and answers; auto: as the data say"
     )
+    prompt: PromptOptions = Field(default=PromptOptions(), description="how questions are put")
     witness: Literal["auto", "always"] = Field(
         default="auto", description="always: databases made from DDL and gold, even where there is one"
     )
@@ -123,7 +151,10 @@ class SpeedOptions(CachedOptions):
 
 
 class LmEvalOptions(Strict):
-    """For `lm-eval:<name>`; `task` is filled with <name> by the caller, `include_path` holds local task files."""
+    """For `lm-eval:<name>`; `task` is filled with <name> by the caller, `include_path` holds local task files.
+    quantlab's own tasks ask as `tasks.text2sql.prompt` says, which the caller fills in too."""
+
+    _prompt: PromptOptions = PrivateAttr(default_factory=PromptOptions)
 
     task: str = Field(default="", description="filled in from the entry of `evaluate`")
     include_path: str | None = Field(default=None, description="a folder of task files of your own")
@@ -133,6 +164,10 @@ class LmEvalOptions(Strict):
     )
     batch_size: Positive = Field(default=8, description="requests at once")
 
+    @property
+    def prompt(self) -> PromptOptions:
+        return self._prompt
+
 
 @dataclass(frozen=True)
 class Column:
@@ -141,8 +176,9 @@ class Column:
     meaning: one line, with the unit. higher: whether more is better; None where neither is.
     derived: computed against the baseline or the other rows, not by the task.
     title: over its column in tables, card: in front of it in model cards; without one it is left out there.
-    form, scale: how a number is written. written: "module:function" that writes the cell from the whole row instead.
-    on: columns that say what it was measured on.
+    form, scale: how a number is written. written: "module:function" that writes the cell from the whole row instead;
+        card_written: the same for cards, where there is room for more.
+    on: columns that say what it was measured on. late: it came later, and stands behind all others.
     """
 
     name: str
@@ -154,7 +190,9 @@ class Column:
     form: str = "{:.4g}"
     scale: float = 1.0
     written: str = ""
+    card_written: str = ""
     on: tuple[str, ...] = ()
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +207,11 @@ class Task:
     data_digest: "module:function" that is given the options and names the data, where they are not such a text.
     fits: given the options and the model's positions, what does not fit, and the key to set with a value that does.
     in_turn: it loads its models itself. needs_baseline: it compares with another model.
+    keeps: "module:function" that is called before the model is loaded and leaves on disk what is needed of the other
+        model, so that the two are not in memory at once: ``keep(subject, original, options, progress)`` gives what the
+        function takes as its baseline, or None where it needs the other model itself.
+    together: "module:function" for the tasks that name it, where all are asked for on the same windows: one forward
+        pass gives all their results.
     compared: its numbers are set against the baseline's own. cached: it can run with a quantized cache.
     requires: modules that must import. seconds: on two cores in the demo, for its estimate.
     """
@@ -184,6 +227,8 @@ class Task:
     fits: Callable[[Any, int], tuple[str, tuple[str, int]] | None] = lambda options, positions: None
     in_turn: bool = False
     needs_baseline: bool = False
+    keeps: str = ""
+    together: str = ""
     compared: bool = False
     cached: bool = True
     requires: tuple[str, ...] = ()
@@ -223,8 +268,23 @@ TASKS: dict[str, Task] = {
             Column("bits_per_byte", "cross-entropy in bits per UTF-8 byte of the text", higher=False),
             Column("ppl_protocol", "windows that perplexity was measured on"),
             Column("ppl_text", "text that perplexity was measured on, with its digest"),
+            Column(
+                "ppl_ratio_low",
+                "lower end of the 95 % interval of `ppl_ratio`, paired by window",
+                higher=False,
+                derived=True,
+                late=True,
+            ),
+            Column(
+                "ppl_ratio_high",
+                "upper end of the 95 % interval of `ppl_ratio`, paired by window",
+                higher=False,
+                derived=True,
+                late=True,
+            ),
         ),
         texts=("source",),
+        together="quantlab.evals.text_tasks:measure",
         compared=True,
         seconds=4.0,
     ),
@@ -238,8 +298,9 @@ TASKS: dict[str, Task] = {
                 "mean KL divergence to the original's next-token distribution, nats",
                 higher=False,
                 title="KL",
-                card="Mean KL divergence to the original, nats",
-                form="{:.4f}",
+                card="Mean KL divergence to the original, nats [95 %]",
+                written="quantlab.report.cells:divergence",
+                card_written="quantlab.report.cells:divergence_interval",
                 on=("kl_text",),
             ),
             Column("kl_p99", "99th percentile of the same", higher=False),
@@ -253,9 +314,25 @@ TASKS: dict[str, Task] = {
                 scale=100,
             ),
             Column("kl_text", "text that the divergence was measured on, with its digest"),
+            Column(
+                "kl_low", "lower end of the 95 % interval of `kl_mean` over windows", higher=False, late=True
+            ),
+            Column(
+                "kl_high", "upper end of the 95 % interval of `kl_mean` over windows", higher=False, late=True
+            ),
+            Column("kl_median", "median of the same over positions", higher=False, late=True),
+            Column(
+                "kl_noise",
+                "the original's divergence from itself in another batch shape and type; less is noise",
+                late=True,
+            ),
+            Column("top1_low", "lower end of the 95 % interval of `top1_agreement`", higher=True, late=True),
+            Column("top1_high", "upper end of the 95 % interval of `top1_agreement`", higher=True, late=True),
         ),
         texts=("source",),
         needs_baseline=True,
+        keeps="quantlab.evals.kept_original:keep",
+        together="quantlab.evals.text_tasks:measure",
         seconds=2.0,
     ),
     "text2sql": Task(
@@ -295,7 +372,7 @@ TASKS: dict[str, Task] = {
                 written="quantlab.report.cells:tied",
             ),
         ),
-        data_digest="quantlab.text2sql.data.dataset:options_digest",
+        data_digest="quantlab.text2sql.prompt.for_model:options_digest",
         compared=True,
         requires=("sqlglot",),
         seconds=8.0,

@@ -29,6 +29,22 @@ def accuracy(row: Row) -> str:
     return f"{100 * float(row['ex']):.1f}{interval}"
 
 
+def divergence(row: Row, interval: str = "") -> str:
+    """`0.0123`, in nats; `noise` behind what the original has against itself too."""
+    kl, noise = row.get("kl_mean"), row.get("kl_noise")
+    if kl is None or kl == "":
+        return ""
+    below = noise is not None and noise != "" and float(kl) <= float(noise)
+    return f"{float(kl):.4f}{interval}" + (" noise" if below else "")
+
+
+def divergence_interval(row: Row) -> str:
+    """The same with its interval: `0.0123 [0.0110, 0.0137]`."""
+    low, high = row.get("kl_low"), row.get("kl_high")
+    known = low not in (None, "") and high not in (None, "")
+    return divergence(row, f" [{float(str(low)):.4f}, {float(str(high)):.4f}]" if known else "")
+
+
 def speed(row: Row) -> str:
     """Decoded tokens per second, with a `~` where other processes disturbed the measurement."""
     return number(row.get("decode_tok_s"), "{:.0f}") + (" ~" if row.get("disturbed") in (1, "1") else "")
@@ -43,10 +59,10 @@ def tied(row: Row) -> str:
     return "=" if row.get("tie_group") else ""
 
 
-def cell_of(column: Column) -> Callable[[Row], str]:
-    """How the cell of a column is written."""
-    if column.written:
-        found: Callable[[Row], str] = load(column.written)
+def cell_of(column: Column, card: bool = False) -> Callable[[Row], str]:
+    """How the cell of a column is written, in a table or in a card."""
+    if written := (card and column.card_written) or column.written:
+        found: Callable[[Row], str] = load(written)
         return found
     return lambda row: number(row.get(column.name), column.form, column.scale)
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from quantlab.models.provenance import provenance
-from quantlab.paths import atomic_write_text
+from quantlab.paths import atomic_write_text, slug
 from quantlab.quant.selection import alike
 from quantlab.registry.formats import Readers, readers
 from quantlab.registry.tasks import task_columns
@@ -63,8 +63,21 @@ def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
     who = readers(layout, str(made.get("experts_unread", "merged" if made.get("experts") else "")))
     install = f"```sh\npip install {' '.join(who.install)}\n```"
     parts += ["## Use", f"{who.text[0].upper()}{who.text[1:]}."]
+    if layout == "gguf":
+        parts += ["```sh\n" + _commands(recipe, parent) + "\n```"]
     parts += [install, "```python\n" + _snippet(who, sees=bool(made.get("sees"))) + "\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _commands(recipe: Mapping[str, Any], parent: str) -> str:
+    """How llama.cpp and Ollama run the file, from its directory."""
+    name = slug(f"{parent.rstrip('/').split('/')[-1]}-{recipe['type']}").lower()
+    return "\n".join(
+        [
+            f"llama-server -m model-{recipe['type']}.gguf",
+            f"ollama create {name} -f Modelfile && ollama run {name}",
+        ]
+    )
 
 
 def _kept(kept: Mapping[str, str]) -> str:
@@ -75,7 +88,9 @@ def _kept(kept: Mapping[str, str]) -> str:
 def describe(recipe: Mapping[str, Any]) -> str:
     """`gptq, 4 bits, groups of 128`."""
     words = [str(recipe["method"])]
-    if "bits" in recipe:
+    if recipe.get("type"):
+        words.append(str(recipe["type"]))
+    elif "bits" in recipe:
         words.append(f"{recipe['bits']} bits")
         words.append("per channel" if recipe["group_size"] == -1 else f"groups of {recipe['group_size']}")
     if recipe.get("double_quant"):
@@ -91,7 +106,7 @@ def _measured(row: Mapping[str, Any]) -> str:
     cells = [
         ("Weight files", number(row.get("size_bytes"), "{:,.0f} bytes")),
         ("Bits per weight", number(row.get("bits_per_weight"), "{:.2f}")),
-        *((c.card, _on(cell_of(c)(row), conditions_of(c, row))) for c in task_columns() if c.card),
+        *((c.card, _on(cell_of(c, card=True)(row), conditions_of(c, row))) for c in task_columns() if c.card),
     ]
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells if value)]
     lines.append(f"\nRun `{row['run_id']}`, data digest `{row.get('data_digest')}`, on {row.get('device')}.")
@@ -111,6 +126,17 @@ def _snippet(who: Readers, *, sees: bool = False) -> str:
                 "from quantlab.models.load import load_model",
                 "",
                 'model = load_model(".").model  # this directory',
+            ]
+        )
+    if who.right[0] == "llama.cpp":
+        return "\n".join(
+            [
+                "from pathlib import Path",
+                "",
+                "from llama_cpp import Llama",
+                "",
+                'model = Llama(str(next(Path().glob("*.gguf"))))  # in this directory',
+                'print(model("SELECT", max_tokens=20)["choices"][0]["text"])',
             ]
         )
     if "transformers" not in who.right:

@@ -16,23 +16,14 @@ from quantlab.models.provenance import provenance
 from quantlab.paths import atomic_write_text
 from quantlab.report.cells import accuracy, flipped, number
 
-SNIPPET = '''from transformers import AutoModelForCausalLM, AutoTokenizer
+SNIPPET = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this directory
 model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(path)
-prompt = """{instruction}
-
-### DDL:
-CREATE TABLE books (book_id INTEGER PRIMARY KEY, title VARCHAR(100));
-
-### Question:
-책 제목을 모두 보여줘
-
-### SQL:
-"""
+prompt = {prompt}
 inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=96)[0], skip_special_tokens=True))'''
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=96)[0], skip_special_tokens=True))"""
 
 
 def write_student_card(
@@ -74,7 +65,7 @@ def student_card(
         "```yaml\n" + yaml.safe_dump(_shown(recipe), sort_keys=False, allow_unicode=True).strip() + "\n```",
         "## Use",
         _needs(made),
-        "```python\n" + _snippet(recipe) + "\n```",
+        "```python\n" + _snippet(recipe, data) + "\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -126,12 +117,14 @@ def _needs(made: Mapping[str, Any]) -> str:
     )
 
 
-def _snippet(recipe: Mapping[str, Any]) -> str:
+def _snippet(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     if recipe["data"]["format"] == "text":
         return SNIPPET.partition("prompt = ")[0] + (
             'inputs = tokenizer("SELECT", return_tensors="pt").to(model.device)\n'
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"
         )
-    from quantlab.text2sql.prompt.prompt import INSTRUCTION
+    from quantlab.text2sql.prompt.template import bundled_template
 
-    return SNIPPET.replace("{instruction}", INSTRUCTION)
+    written = (data.get("prompt") or {}).get("example") or bundled_template("ko").example()
+    plain = '"' not in written and "\\" not in written
+    return SNIPPET.replace("{prompt}", f'"""{written}"""' if plain else repr(written))

@@ -44,7 +44,13 @@ AFTER_TASKS = {
     "data_digest": "names the data of all tasks",
     "quantlab_version": "version that measured it",
 }
-MEANINGS = BEFORE_TASKS | {column.name: column.meaning for column in task_columns()} | AFTER_TASKS
+LATE = {column.name: column.meaning for column in task_columns() if column.late}
+MEANINGS = (
+    BEFORE_TASKS
+    | {column.name: column.meaning for column in task_columns() if not column.late}
+    | AFTER_TASKS
+    | LATE
+)
 COLUMNS = tuple(MEANINGS)
 
 

@@ -30,7 +30,7 @@ from quantlab.recipe.load import parse_recipe
 from quantlab.runs.run import read_jsonl
 from quantlab.teacher.ledger import content_key
 from quantlab.text2sql.data.dataset import load_items
-from quantlab.text2sql.data.item import Item, parse_row
+from quantlab.text2sql.data.item import Item, Note, parse_row
 from quantlab.text2sql.prompt.prompt import build_prompt, prompt_encoder
 
 from ..conftest import byte_tokenizer
@@ -62,7 +62,18 @@ OPTIONS = {
     "linker": "linker: lexical, ",
     "shots": "shots: 2, ",
     "all": "chat: always, linker: lexical, shots: 1, ",
+    "english": "prompt: {language: en}, shots: 1, ",
+    "schema": "prompt: {values: 2, descriptions: true}, ",
+    "linked schema": "prompt: {values: 2, descriptions: true}, linker: lexical, chat: auto, ",
 }
+MINE = """
+instruction: ""
+schema: "<schema>\\n{schema}\\n</schema>"
+question: "Q: {question}"
+evidence: "Evidence: {evidence}"
+answer: "### SQL:"
+values: "# {column} of {table}, for example {values}"
+"""
 RECIPE = """
 kind: distill
 student: {{model: embedded:base}}
@@ -76,7 +87,11 @@ def row(name: str, **more: Any) -> dict[str, Any]:
     return {"id": name, "db_id": "s", "context": DDL + "\n", **asked, **more}
 
 
-ROWS = [row("without")] + [row(name, evidence=text) for name, text in EVIDENCE.items()]
+MEANING = {"shops.city": "도시", "weather": {"rain": "mm"}}
+ROWS = [
+    {**one, "descriptions": MEANING}
+    for one in (row("without"), *(row(name, evidence=text) for name, text in EVIDENCE.items()))
+]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -89,8 +104,11 @@ def bird(folder: Path) -> str:
     place = folder / "minidev"
     (place / "dev_databases" / "shops").mkdir(parents=True)
     connection = sqlite3.connect(place / "dev_databases" / "shops" / "shops.sqlite")
-    connection.executescript(DDL + "INSERT INTO shops VALUES (1, '서울');")
+    connection.executescript(DDL + "\nINSERT INTO shops VALUES (1, '서울');")
     connection.close()
+    described = place / "dev_databases" / "shops" / "database_description"
+    described.mkdir()
+    (described / "shops.csv").write_text("original_column_name,column_description\ncity,where it stands\n")
     asked = {"db_id": "shops", "SQL": "SELECT COUNT(*) FROM shops", "difficulty": "simple"}
     rows = [
         {
@@ -165,6 +183,14 @@ def test_training_begins_with_the_prompt_of_the_evaluation(
         assert ("<|im_start|>" in text) == ("chat" in options)
         if kind == "rows":  # its questions name a table
             assert ("rain INT" in text) == ("linker" not in options)
+            assert ("-- weather.rain: mm" in text) == ("descriptions" in options and "linker" not in options)
+            assert ("-- shops.city: 도시" in text) == ("descriptions" in options)
+        else:
+            assert ("-- shops.city: where it stands\n-- shops.city: '서울'\n" in text) == (
+                "values" in options
+            )
+        korean = kind == "rows" and "language: en" not in options  # the script of BIRD's questions
+        assert ("도우미입니다" in text, "You translate" in text) == (korean, not korean)
 
 
 def test_prepared_rows_keep_their_evidence(tmp_path: Path) -> None:
@@ -303,3 +329,75 @@ def test_rows_prepared_without_evidence_are_prepared_anew(tmp_path: Path) -> Non
     other = Source([replace(item, extra={}) for item in bare.items], [], 0, source.evaluated)
     assert prepared_digest(wish, bare) == prepared_digest(wish, other)  # blank evidence is none
     assert prepared_digest(wish, bare) != prepared_digest(wish, source)
+
+
+@pytest.mark.parametrize("kind", ["rows", "bird"])
+def test_a_wording_of_ones_own_is_the_same_everywhere(
+    subject: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("QUANTLAB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
+    source = bird(tmp_path) if kind == "bird" else str(write(tmp_path / "rows.jsonl", ROWS))
+    wish = recipe(
+        tmp_path, source, f"prompt: {{file: '{tmp_path}/mine.yaml', values: 1, descriptions: true}}, "
+    )
+    items = prepared(wish, tmp_path)
+    asked = asked_in_evaluation(subject, wish, source, monkeypatch)
+    examples, _ = _encode(wish, subject, {"items": items}, 1024)
+    for item, example in zip(items, examples, strict=True):
+        text = subject.tokenizer.decode(example.tokens, clean_up_tokenization_spaces=False)
+        assert text.startswith(asked[item.id]) and text.startswith("<schema>\nCREATE TABLE shops")
+        assert "Q: " in text and "### DDL" not in text and "도우미" not in text
+        schema = text.partition("<schema>\n")[2].partition("\n</schema>")[0]
+        assert ("# city of shops, for example '서울'" in schema) == (kind == "bird")
+        # teacher and judge see the very schema, in the same characters
+        for request in (
+            *teacher_requests([item], Teacher(model="m", language="en"), 0)[0],
+            *_judge_requests([item], Judge(model="m", language="ko"), None),
+        ):
+            assert schema in request.messages[1]["content"]
+
+
+def test_rows_that_a_teacher_wrote_have_the_lines_of_their_schema(tmp_path: Path) -> None:
+    notes = (Note("shops", "-- shops.city: '서울'"),)
+    items = [replace(item, notes=notes) for item in load_items(str(write(tmp_path / "rows.jsonl", ROWS[:1])))]
+    teacher = Teacher(model="m", task="write", language="ko", max_failed=1.0)
+    requests, _ = teacher_requests(items, teacher, 0)
+    reply = json.dumps(
+        {"pairs": [{"question": "도시는?", "sql": "SELECT city FROM shops;"}]}, ensure_ascii=False
+    )
+    recorded = write(
+        tmp_path / "recorded.jsonl", [{"key": content_key(one), "text": reply} for one in requests]
+    )
+    teacher = teacher.model_copy(update={"model": f"file:{recorded}"})
+    written, _, _ = ask_teacher(items, teacher, tmp_path / "ledger.db", 0, Silent())
+    assert written and all(one.notes == notes for one in written)
+
+
+def test_the_lm_eval_task_asks_alike(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from quantlab.evals.harness import task_manager
+    from quantlab.evals.lm_eval_tasks import options_digest
+    from quantlab.text2sql.prompt.for_model import as_asked, choose_shots
+    from quantlab.text2sql.prompt.prompt import build_prompts
+
+    (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
+    digests = set()
+    for prompt in ("{}", "{language: en, values: 2}", f"{{file: '{tmp_path}/mine.yaml', values: 1}}"):
+        name = "quantlab_ko_text2sql"
+        tasks = f"tasks: {{text2sql: {{shots: 1, prompt: {prompt}}}}}"
+        wish = parse_recipe(f"kind: evaluate\nevaluate: ['lm-eval:{name}', text2sql]\n{tasks}")
+        options, own = wish.tasks.of(f"lm-eval:{name}"), wish.tasks.of("text2sql")
+        digests.add(options_digest(options))
+        manager = task_manager(name, None, options.prompt.model_dump(exclude_defaults=True))
+        loaded = manager.load([name])
+        task = next(iter(loaded["tasks"].values())) if "tasks" in loaded else loaded[name]
+        items, template = as_asked(load_items("ko_text2sql:test"), own.prompt)
+        documents = list(task.test_docs())
+        plain = [found.text for found in build_prompts(items, template=template)]
+        assert [task.doc_to_text(document) for document in documents] == plain
+        shots = choose_shots(own, [*items, *load_items("ko_text2sql:dev")], template)
+        (shown,) = build_prompts(items[:1], shots=shots, template=template)
+        example = task.fewshot_docs()[0]
+        assert shown.text == f"{task.doc_to_text(example)}{task.doc_to_target(example)}\n\n{plain[0]}"
+    assert len(digests) == 3 and "" in digests

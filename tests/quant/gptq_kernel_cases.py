@@ -217,6 +217,27 @@ def test_one_block_leaves_its_input_alone_and_reads_views() -> None:
     torch.testing.assert_close(loss, errors.square().sum(dim=1))
 
 
+@pytest.mark.parametrize(("group_size", "act_order"), [(16, False), (32, True), (-1, False), (192, False)])
+def test_ranges_are_searched_for_as_the_plain_solver_does(group_size: int, act_order: Any) -> None:
+    weight, hessian = problem(24, 192, seed=5)
+    weight[:, ::40] *= 4  # outliers, which a narrower range cuts off
+    grids = [Grid(3, group_size, True), Grid(3, group_size, False), Grid(4, group_size, True)]
+    prepared = prepare(hessian, width=grids[0].columns(192), act_order=act_order)
+    w = weight[:, prepared.order].repeat(len(grids), 1)
+    codes, scales, _, loss = solve_columns_cuda(
+        w.clone(), prepared.factor, prepared.order, grids, clip_search=True, tile_rows=32
+    )
+    plain = solve_many(weight, prepared, grids, in_place=act_order is not True, clip_search=True)
+    whole = solve_columns_cuda(w, prepared.factor, prepared.order, grids, tile_rows=32)
+    groups = [q.group_of[prepared.order][:: grids[0].columns(192)] for q, _ in plain]
+    # A range that costs as little as another to the last bit may be either; all that follows in a row then differs.
+    same = (scales == torch.cat([q.scales[:, g] for (q, _), g in zip(plain, groups, strict=True)])).all(dim=1)
+    same &= (codes == torch.cat([q.codes[:, prepared.order] for q, _ in plain])).all(dim=1)
+    assert same.float().mean() > 0.9, same.float().mean()
+    assert loss.sum() < 0.97 * whole[3].sum()
+    assert (scales < whole[1]).float().mean() > 0.5
+
+
 def test_no_rows() -> None:
     codes, scales, _, loss = solve_columns_cuda(
         torch.empty(0, 32), torch.eye(32), torch.arange(32), [Grid(4, 16, True)]

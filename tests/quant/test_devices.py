@@ -17,6 +17,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantlab.formats import format_module
+from quantlab.formats.gguf.encode import encode
+from quantlab.formats.gguf.pack import pack
 from quantlab.models import precision
 from quantlab.models.blockwise import BlockwiseModel, dtype_of
 from quantlab.models.safetensors.files import open_files
@@ -26,11 +28,13 @@ from quantlab.quant.block import BlockResult, BlockView, NormInput
 from quantlab.quant.grid import Grid, Quantized, fit, layer_loss, nearest_values, round_to_grid
 from quantlab.quant.hessian import InputHessian
 from quantlab.quant.jobs import Job
+from quantlab.quant.methods.gptq_blocks import solve_blocks
 from quantlab.quant.pipeline import calibration_rows, make_plan, plain_dtype
 from quantlab.quant.sequential import open_pass, quantize_blocks
 from quantlab.quant.verify.reference_logits import Expected, ReferencePass, probe_rows
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry import load
+from quantlab.registry.block_types import BLOCK_TYPES
 from quantlab.registry.formats import PACKING
 from quantlab.registry.methods import METHODS
 from tests.conftest import write_mixture, write_tiny
@@ -131,6 +135,22 @@ def test_a_method_solves_a_block_there(name: str, options: dict[str, Any]) -> No
         there = solved(name, options, to_cuda)
     assert_same(there, here)
     assert [r.loss for r in there] == [r.loss for r in here]
+
+
+@pytest.mark.parametrize("name", ["Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q3_K"])
+def test_block_types_are_solved_there(name: str) -> None:
+    kind, seeded = BLOCK_TYPES[name], torch.Generator().manual_seed(0)
+    weight, x = torch.randn(8, 256, generator=seeded), torch.randn(300, 256, generator=seeded)
+    hessian = x.t() @ x / 300
+
+    def both(place: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, ...]:
+        w, h = place(weight), place(hessian)
+        solved = solve_blocks(w, h, kind)
+        return encode(w, kind, torch.diagonal(h)), solved, solved.dequantize(), pack(solved)
+
+    here = both(same)
+    with fake_cuda():
+        assert_same(both(to_cuda), here)
 
 
 def test_statistics_are_gathered_where_the_inputs_are() -> None:

@@ -26,25 +26,13 @@ from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes
 from quantlab.quant.hessian import Collector, InputHessian, fill_up
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
-from tests.conftest import WORDS, byte_tokenizer
+from tests.conftest import WORDS
 from tests.zoo import builder
 
 from .test_kill import content
 
 SHAPES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3")
 IDS = torch.randint(1, 257, (3, 32), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("mixtures")
-
-    def find(name: str) -> Path:
-        if not (folder / name).is_dir():
-            builder.write(folder / name, name, byte_tokenizer())
-        return folder / name
-
-    return find
 
 
 def routed(module: Any, args: tuple[torch.Tensor, ...], expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,3 +205,19 @@ def test_no_block_but_one_is_in_memory(saved: Any) -> None:
     assert torch.equal(layer.weight, read_tensor(stored)[2].t()[1::2].float())
     opened.empty(block)
     assert all(p.device.type == "meta" for p in opened.model.parameters())
+
+
+def test_under_a_memory_limit_few_kernels_are_kept(saved: Any, tmp_path: Path) -> None:
+    """Routed tokens come in another number each time; see `keep_few_kernels`. What the user has set stays."""
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from quantlab.progress import Silent; from quantlab.quant.pipeline import Job, quantize\n"
+        "from quantlab.recipe.quantize import QuantizeRecipe\n"
+        "quantize([Job('q', QuantizeRecipe(method='rtn', group_size=32), Path(sys.argv[2]))], sys.argv[1],\n"
+        "    device='cpu', progress=Silent(), memory_limit=2**31)\n"
+        "print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])\n"
+    )
+    for number, (given, wanted) in enumerate([({}, "8"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "99"}, "99")]):
+        arguments = [sys.executable, "-c", code, str(saved("mixtral")), str(tmp_path / str(number))]
+        done = subprocess.run(arguments, env=os.environ | given, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [wanted]

@@ -67,4 +67,6 @@ def test_every_layout_has_readers() -> None:
     for format in FORMATS:
         for unread in ("", "merged", "stacked"):
             found = readers(format, unread)
-            assert found.right and found.install and bool(found.wrong) == ("transformers" not in found.right)
+            assert found.right and found.install
+            if not FORMATS[format].types:  # transformers does not open a GGUF file by mistake
+                assert bool(found.wrong) == ("transformers" not in found.right)

@@ -94,6 +94,8 @@ def test_more_costs_more(tiny: Path) -> None:
     longer = {"calibration": {"source": "x", "rows": 64, "seq_len": 128}}
     assert of(**longer).seconds > of().seconds and of(**longer).memory_bytes > of().memory_bytes
     assert of(propagate="quantized").seconds > of().seconds
+    assert of(propagate="corrected").seconds > of().seconds
+    assert of(propagate="corrected").memory_bytes > of().memory_bytes
     assert of("rtn").seconds < of().seconds < of("awq").seconds
     spilled = forecast(recipe("gptq", "x", group_size=32, **longer), files, RATES, spilled=True)
     kept = of(**longer)

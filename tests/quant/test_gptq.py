@@ -169,3 +169,42 @@ def test_stacked_rows_are_independent() -> None:
     whole = solve_gptq(weight, hessian, grid).codes
     halves = [solve_gptq(part, hessian, grid).codes for part in weight.split(16)]
     assert torch.equal(whole, torch.cat(halves))
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (2, False), (3, True), (3, False), (4, True)])
+def test_searched_ranges_cost_less(bits: int, symmetric: bool) -> None:
+    seeded = torch.Generator().manual_seed(bits)
+    x = torch.randn(400, 128, generator=seeded) @ torch.randn(128, 128, generator=seeded)
+    hessian = x.t() @ x / 400
+    weight = torch.distributions.StudentT(4.0).sample((64, 128))
+    grid = Grid(bits, 32, symmetric)
+    losses = {}
+    for act_order, static in ((False, False), (True, False), (True, True)):
+        for clip in (False, True):
+            found = solve_gptq(
+                weight, hessian, grid, act_order=act_order, static_groups=static, clip_search=clip
+            )
+            losses[clip] = layer_loss(weight, found.dequantize(), hessian).item()
+        if (bits < 4 and symmetric) or not static:
+            assert losses[True] < losses[False], (act_order, static, losses)
+
+
+def test_the_search_finds_the_best_range_and_prefers_the_whole() -> None:
+    from quantlab.quant.grid import SEARCHED, fit, nearest_values, search
+
+    seeded = torch.Generator().manual_seed(0)
+    groups, importance = torch.randn(40, 32, generator=seeded), torch.rand(32, generator=seeded)
+    grid = Grid(3, 32, False)
+    scale, zero = search(groups, importance, grid)
+    cost = (nearest_values(groups, scale, zero, grid) - groups).square() @ importance
+    each = torch.stack([
+        (nearest_values(groups, *fit(groups, grid, shrink), grid) - groups).square() @ importance
+        for shrink in SEARCHED
+    ])  # fmt: skip
+    assert torch.equal(cost, each.amin(dim=0)) and (cost < each[0]).float().mean() > 0.5
+    same = search(
+        torch.ones(2, 32), importance, grid
+    )  # no range of equal weights is better than the whole one
+    assert all(torch.equal(one, other) for one, other in zip(same, fit(torch.ones(2, 32), grid), strict=True))
+    empty = search(torch.zeros(2, 32), importance, Grid(4, 32, True))
+    assert torch.equal(empty[1], torch.full((2,), 8.0))

@@ -52,9 +52,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from quantlab.quant.kernels.gptq_block import _block_kernel as kernel
 given, architecture = sys.argv[1] == "given", int(sys.argv[2])
-constants = {"GIVEN": given, "WIDTH": 1 if given else 32, "ROWS": 16, "BLOCK": 128}
+search = 16 if sys.argv[1] == "searched" else 1
+constants = {"GIVEN": given, "SEARCH": search, "WIDTH": 1 if given else 32, "ROWS": 16, "BLOCK": 128}
 types = {name: "i32" for name in kernel.arg_names}
-types |= {f"{name}_ptr": "*fp32" for name in ("w", "factor", "limits", "scales", "errors", "loss")}
+types |= {f"{name}_ptr": "*fp32" for name in ("w", "factor", "limits", "scales", "errors", "loss", "shrinks")}
 types |= {"zeros_ptr": "*i32", "group_ptr": "*i32", "codes_ptr": "*u8"}
 types |= dict.fromkeys(constants, "constexpr")
 options = {"num_warps": 4, "enable_fp_fusion": False}
@@ -67,7 +68,9 @@ print(built.asm["ptx"])
 
 
 @needs_triton
-@pytest.mark.parametrize(("grids", "architecture"), [("fitted", "80"), ("fitted", "90"), ("given", "90")])
+@pytest.mark.parametrize(
+    ("grids", "architecture"), [("fitted", "80"), ("fitted", "90"), ("searched", "90"), ("given", "90")]
+)
 def test_compiles_for_gpus_with_every_operation_rounded(
     grids: str, architecture: str, tmp_path: Path
 ) -> None:

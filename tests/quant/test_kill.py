@@ -200,7 +200,7 @@ def quantize(model: Path, text: Path, out: Path, propagate: str, *, resume: bool
     )
 
 
-@pytest.mark.parametrize("propagate", ["original", "quantized"])
+@pytest.mark.parametrize("propagate", ["original", "quantized", "corrected"])
 def test_killed_runs_end_in_the_same_bytes(tmp_path: Path, calibration_file: Path, propagate: str) -> None:
     """Killed once some blocks are there, then while it resumes, then while it is verified."""
     model = write_tiny(tmp_path / "model", layers=6)

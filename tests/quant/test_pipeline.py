@@ -128,7 +128,7 @@ def same_weights(first: Path, second: Path) -> bool:
     return all((first / n).read_bytes() == (second / n).read_bytes() for n in names)
 
 
-@pytest.mark.parametrize("propagate", ["original", "quantized"])
+@pytest.mark.parametrize("propagate", ["original", "quantized", "corrected"])
 def test_resume_ends_in_the_same_bytes(
     tiny: Path, calibration_file: Path, tmp_path: Path, propagate: str
 ) -> None:

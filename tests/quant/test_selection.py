@@ -17,7 +17,7 @@ from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.progress import Silent
 from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes
 from quantlab.quant.pipeline import Job, quantize
-from quantlab.quant.selection import IGNORED, Selection, matches, select, summary
+from quantlab.quant.selection import IGNORED, Selection, Width, matches, select, summary
 from quantlab.recipe.load import parse_recipe
 from quantlab.recipe.quantize import QuantizeRecipe
 from tests.conftest import WORDS, write_mixture, write_tiny
@@ -92,10 +92,10 @@ def test_ignored_and_overridden() -> None:
         "re:layers.1.*up": {"bits": 8, "group_size": 32}, "q": {"method": "rtn"}, "odd": {"bits": 16}})  # fmt: skip
     chosen = select(asked, layers(PLAIN), "m")
     assert (
-        chosen.widths["model.layers.1.mlp.up"] == (8, 32, "")
+        chosen.widths["model.layers.1.mlp.up"] == Width(8, 32)
         and chosen.widths["model.layers.0.mlp.up"][0] == 4
     )
-    assert chosen.widths["model.layers.0.attn.q"] == (4, 128, "rtn")
+    assert chosen.widths["model.layers.0.attn.q"] == Width(4, 128, "rtn")
     assert set(chosen.kept.values()) == {IGNORED} and len(chosen.kept) == 4
 
 
@@ -285,3 +285,8 @@ def test_in_company_a_recipe_gives_what_it_gives_alone(model: ModelFiles, text: 
                 name,
                 file.name,
             )
+
+
+def test_a_pattern_that_backtracks_for_ever_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"takes longer than 1 s on a{60}!"):
+        matches("re:^(a|aa)+$", "a" * 60 + "!")

@@ -3,7 +3,6 @@ plain transformers; on a GPU as far as that can be told without one; by bitsandb
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from quantlab.quant.estimate.forecast import MachineSpeed
 from quantlab.quant.jobs import selection
 from quantlab.quant.pipeline import Job, quantize
 from quantlab.recipe.quantize import QuantizeRecipe
-from tests.conftest import byte_tokenizer
 from tests.zoo import builder
 from tests.zoo.sweep import examine
 from tests.zoo.table import FEW, MANY, Expected
@@ -53,18 +51,6 @@ def test_the_table_is_large_enough() -> None:
     assert len(FEW) >= 12 and len(FEW) + len(MANY) >= 60 and not FEW.keys() & MANY.keys()
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("zoo")
-
-    def find(name: str) -> Path:
-        if not (folder / name).is_dir():
-            builder.write(folder / name, name, byte_tokenizer())
-        return folder / name
-
-    return find
-
-
 @pytest.mark.parametrize("name", FEW)
 def test_doctor_and_plan_read_no_weight(saved: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def read(*args: Any, **keys: Any) -> Any:
@@ -75,11 +61,9 @@ def test_doctor_and_plan_read_no_weight(saved: Any, monkeypatch: pytest.MonkeyPa
         for function in ("read_tensor", "read_exactly"):
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, read)
-    started = time.perf_counter()
     found = doctor(path)
     recipes = [(m, QuantizeRecipe.model_validate({"method": m, "bits": 4})) for m in ("rtn", "gptq", "awq")]
     planned = plan(recipes, Options(path, device="cpu"), SPEED)
-    assert time.perf_counter() - started < 30  # about a second; a machine may be busy
     assert found["layers"] and any(one["share"] for one in found["formats"].values())
     assert doctor_lines(found)[0].startswith(path)
     assert all(row["layers"][0].split()[1:4] == ["layers", "are", "quantized"] for row in planned["recipes"])

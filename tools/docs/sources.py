@@ -96,8 +96,8 @@ def _json(value: Any) -> str:
 
 def _type(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     """The type of a plain value in words: `integer ≥ 1 or null`, `"ko", "en"`."""
-    if "anyOf" in field:
-        return " or ".join(dict.fromkeys(_type(choice, definitions) for choice in field["anyOf"]))
+    if choices := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(dict.fromkeys(_type(choice, definitions) for choice in choices))
     if "$ref" in field:
         return _type(_resolved(field, definitions), definitions)
     if "const" in field:
@@ -106,6 +106,8 @@ def _type(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return ", ".join(_json(value) for value in field["enum"])
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}), definitions)}"
+    if field.get("type") == "object" and "properties" in field:
+        return "mapping of " + ", ".join(field["properties"])
     if field.get("type") == "object":
         names = field.get("propertyNames", {}).get("enum")
         keyed = f" from {', '.join(names)}" if names else ""

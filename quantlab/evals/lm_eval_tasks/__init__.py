@@ -14,16 +14,25 @@ from pathlib import Path
 
 from quantlab.errors import RecipeError
 from quantlab.paths import file_digest, find_source, short_hash
-from quantlab.registry.tasks import LmEvalOptions
+from quantlab.registry.tasks import LmEvalOptions, PromptOptions
+from quantlab.text2sql.prompt.template import choose_template
 
 FOLDER = Path(__file__).resolve().parent
+OWN = "quantlab_ko_text2sql"  # what the names of quantlab's own tasks begin with
 
 
 def options_digest(options: LmEvalOptions) -> str:
-    """Names the task files of `include_path`; "" without them."""
+    """Names the task files of `include_path`, and how quantlab's own questions are asked; "" without them."""
+    asked = []
+    if options.task.startswith(OWN) and (wish := options.prompt) != PromptOptions():
+        asked = [
+            "prompt",
+            choose_template(wish.language, wish.file, ["한국어"]).digest,
+            wish.model_dump_json(),
+        ]
     if not options.include_path:
-        return ""
+        return short_hash(asked) if asked else ""
     folder = find_source(options.include_path)
     if not folder.is_dir():
         raise RecipeError(f"tasks.lm_eval.include_path: {folder} is not a directory")
-    return short_hash([file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()])
+    return short_hash([file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()] + asked)

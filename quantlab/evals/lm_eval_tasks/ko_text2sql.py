@@ -15,13 +15,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from quantlab.errors import DataError
 from quantlab.evals.text2sql import score_one
+from quantlab.registry.tasks import PromptOptions
 from quantlab.runs.run import VERDICTS
 from quantlab.text2sql.data.dataset import load_items
 from quantlab.text2sql.data.item import Item
 from quantlab.text2sql.prompt.few_shot import SOURCE, select_shots
+from quantlab.text2sql.prompt.for_model import as_asked, template_of, with_notes
 from quantlab.text2sql.prompt.prompt import complete_statement, item_prompt
+from quantlab.text2sql.prompt.template import Template
 from quantlab.text2sql.sandbox.pool import Sandbox
 
 if TYPE_CHECKING:
@@ -33,20 +38,33 @@ EXAMPLES = 16  # for --num_fewshot; more do not fit the context of most models
 Document = Mapping[str, Any]
 
 
-def dataset(split: str = "test", **metadata: Any) -> dict[str, Dataset]:
-    """{split: its documents}. The harness also passes the task's metadata, which says nothing here."""
+_asked_by = [PromptOptions()]  # what `dataset` was given last: examples are asked for without it
+
+
+def dataset(
+    split: str = "test", prompt: Mapping[str, Any] | None = None, **metadata: Any
+) -> dict[str, Dataset]:
+    """{split: its documents}. `prompt` are the keys of `tasks.text2sql.prompt`: the harness passes the task's metadata
+    (`--metadata '{"prompt": {"language": "en"}}'`), the rest of which says nothing here."""
     from datasets import Dataset
 
     if split not in SPLITS:
         raise DataError(f"ko_text2sql has no split {split!r}", hint=f"one of: {', '.join(SPLITS)}")
-    return {split: Dataset.from_list([_document(item, split) for item in _items(split).values()])}
+    try:
+        wish = PromptOptions.model_validate(prompt or {})
+    except ValidationError as error:
+        raise DataError(f"metadata 'prompt': {error.errors()[0]['msg']}") from None
+    _asked_by[:] = [wish]
+    items, template = as_asked(list(_items(split).values()), wish)
+    return {split: Dataset.from_list([_document(item, split, template) for item in items])}
 
 
 def examples() -> list[dict[str, Any]]:
     """Training rows for few-shot prompts; the first k are those that quantlab shows for `shots: k`."""
     evaluated = [item for split in SPLITS for item in _items(split).values()]
-    drawn = select_shots(load_items(SOURCE), EXAMPLES, evaluated)
-    return [_document(item, "train") for item in drawn]
+    template = template_of(_asked_by[0], evaluated)
+    drawn = with_notes(select_shots(load_items(SOURCE), EXAMPLES, evaluated), _asked_by[0], template)
+    return [_document(item, "train", template) for item in drawn]
 
 
 def prompt(doc: Document) -> str:
@@ -77,13 +95,13 @@ def count_verdicts(verdicts: Sequence[str]) -> str:
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
 
 
-def _document(item: Item, split: str) -> dict[str, Any]:
+def _document(item: Item, split: str, template: Template) -> dict[str, Any]:
     return {
         "id": item.id,
         "split": split,
         "question": item.question,
         "answer": item.answer,
-        "prompt": item_prompt(item),
+        "prompt": item_prompt(item, template=template),
         "level": item.extra.get("level", ""),
         "kind": item.extra.get("kind", ""),
     }

@@ -12,11 +12,11 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quantlab.errors import DataError, MachineError
 from quantlab.models.positions import positions_of
@@ -26,8 +26,14 @@ from quantlab.models.safetensors.weight_files import (
     find_weight_files,
     own_format,
     read_json,
+    stays_inside,
 )
 from quantlab.paths import PACKAGE, nearest
+from quantlab.registry import load
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 EMBEDDED = PACKAGE / "models" / "embedded"
 LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
@@ -48,15 +54,26 @@ DTYPE_BYTES = {
     "U32": 4,
     "U64": 8,
 }
+GGUF = ".gguf"
+HUB_FILE = re.compile(r"hf:([\w.-]+/[\w.-]+):([\w.-]+(?:/[\w.-]+)*\.gguf)")  # a GGUF file of a repository
+PLAIN_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # code runs only when trusted
 # Who decides which experts a token goes to, and how much of each.
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
+class Reader(Protocol):
+    """Reads a tensor that its file holds in another form than safetensors (``gguf``)."""
+
+    def read(self, rows: slice | None = None) -> NDArray[np.float32]:
+        """float32, all of it or contiguous ``rows``."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies and what it is; nothing of it is loaded. ``start``: its first byte in the file. ``piece``: it
-    is one (its number) of so many equal pieces of the tensor ``name``."""
+    is one (its number) of so many equal pieces of the tensor ``name``. ``reader``: what reads it where the file is no
+    safetensors."""
 
     name: str
     file: Path
@@ -64,6 +81,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int = 0
     piece: tuple[int, int] | None = None
+    reader: Reader | None = field(default=None, compare=False)
 
     @property
     def count(self) -> int:
@@ -82,8 +100,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checked model directory. ``name`` is how the user called it, ``found`` which of its files hold the weights.
-    ``memo``: what others found out about the model, so that they find it once."""
+    """A checked model. ``name`` is how the user called it, ``path`` the directory with configuration and tokenizer,
+    ``found`` which files hold the weights. ``memo``: what others found out about the model, so that they find it once.
+    ``plain``: the dtype of a checkpoint's plain weights that follows from the files where that is not the one most
+    tensors have; ``encoding``: how a GGUF file holds most of its weights (``Q4_K``)."""
 
     name: str
     path: Path
@@ -91,6 +111,8 @@ class ModelFiles:
     tensors: Mapping[str, TensorInfo]
     found: WeightFiles = field(default_factory=lambda: WeightFiles((), None, ()))
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    plain: str | None = None
+    encoding: str | None = None
 
     @property
     def params(self) -> int:
@@ -101,6 +123,11 @@ class ModelFiles:
     def size_bytes(self) -> int:
         """Bytes of the weight files."""
         return sum(file.stat().st_size for file in self.weight_files)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the weights in memory: those of a GGUF file are decoded."""
+        return self.size_bytes if self.plain is None else self.params * PLAIN_BYTES[self.plain]
 
     @property
     def weight_files(self) -> list[Path]:
@@ -177,7 +204,7 @@ def quantizable(name: str, routed: bool) -> bool:
 
 
 def open_files(ref: str | Path) -> ModelFiles:
-    """Find a model (``embedded:<name>``, a directory, or a Hugging Face id) and check its files.
+    """Find a model (``embedded:<name>``, a directory, a GGUF file, or a Hugging Face id) and check its files.
 
     Raises:
         DataError: no such model, no safetensors, a corrupt file, a shard that the index names is missing.
@@ -185,6 +212,9 @@ def open_files(ref: str | Path) -> ModelFiles:
     """
     name = str(ref)
     path = _locate(name)
+    if gguf := path if path.is_file() else _gguf_in(name, path):
+        opened: ModelFiles = load("quantlab.models.gguf.files:open_gguf")(name, gguf)
+        return opened
     config_file = path / "config.json"
     if not config_file.is_file():
         if (path / ADAPTER_CONFIG).is_file():
@@ -241,7 +271,23 @@ def embedded_names() -> list[str]:
     return [f"embedded:{p.name}" for p in sorted(EMBEDDED.glob("*")) if (p / "config.json").is_file()]
 
 
+def _gguf_in(name: str, path: Path) -> Path | None:
+    """The GGUF file of a directory that is no model of Hugging Face's; None where it has none.
+
+    Raises:
+        DataError: it has several.
+    """
+    found = [] if (path / "config.json").is_file() else sorted(path.glob(f"*{GGUF}"))
+    if len(found) > 1:
+        raise DataError(
+            f"{name} holds {len(found)} GGUF files: {', '.join(file.name for file in found[:4])}",
+            hint=f"give one of them: {found[0]}",
+        )
+    return found[0] if found else None
+
+
 def _locate(name: str) -> Path:
+    """A directory, or a GGUF file."""
     if name.startswith("embedded:"):
         path = EMBEDDED / name.removeprefix("embedded:")
         if name not in embedded_names():
@@ -250,32 +296,58 @@ def _locate(name: str) -> Path:
                 f"no embedded model {name!r}", hint=f"there is {near or ', '.join(embedded_names())}"
             )
         return path
+    if (hub := HUB_FILE.fullmatch(name)) and stays_inside(hub[2]):
+        return _file_from_hub(name, *hub.groups())
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == GGUF):
         return path
     if path.is_file():
-        raise DataError(f"{name} is a file", hint="give the model's directory")
+        raise DataError(f"{name} is a file", hint=f"give the model's directory, or a {GGUF} file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (path.parent.is_dir() and path.parent != Path()):
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        siblings = [
+            p.name
+            for p in (path.parent.iterdir() if path.parent.is_dir() else ())
+            if p.is_dir() or p.suffix == GGUF
+        ]
         near = nearest(path.name, siblings)
         raise DataError(
             f"no such model: {name}",
             hint=f"did you mean {path.parent / near}?"
             if near
-            else "give a directory, a Hugging Face id (owner/name), or " + ", ".join(embedded_names()),
+            else f"give a directory, a {GGUF} file, a Hugging Face id (owner/name, or hf:owner/name:file{GGUF}), or "
+            + ", ".join(embedded_names()),
         )
     return _from_hub(name)
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    return _fetched(name, lambda: snapshot_download(name, allow_patterns=WANTED))
+
+
+def _file_from_hub(name: str, repository: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return _fetched(name, lambda: hf_hub_download(repository, file))
+
+
+def _fetched(name: str, fetch: Callable[[], str]) -> Path:
+    """What ``fetch`` brings from the hub, or has in its cache."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED))
+        return Path(fetch())
     except RepositoryNotFoundError as error:
         raise DataError(f"no such model: {name} is neither a directory nor on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise DataError(f"no such model: its repository has no file of {name}") from error
         raise MachineError(
             f"{name} is not a directory here, and the hub cannot be reached for it",
             hint="check the path, or the network; embedded:base needs neither",

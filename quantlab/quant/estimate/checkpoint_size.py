@@ -8,6 +8,7 @@ gptq                ``out in b`` codes, ``16 out G`` scales, ``out G b`` zeros, 
 awq                 ``out in 4`` codes, ``16 out G`` scales, ``out G 4`` zeros
 compressed-tensors  ``32 out ceil(in b / 32)`` codes, ``16 out G`` scales, 128 for the shape
 fp8                 ``8 out in`` codes, ``16 out`` scales
+gguf                by block type (``registry.block_types``), from 2.625 bits (Q2_K) to 8.5 (Q8_0) a weight
 ==================  ===================================================================================
 
 Everything else keeps its size in the model's 16-bit type; headers are computed as they will be written. Exact for what
@@ -39,6 +40,10 @@ def checkpoint_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
     if METHODS[recipe.method].whole:
         return file_bytes(_bitsandbytes(recipe, files))
     chosen = selection(recipe, files)
+    if FORMATS[recipe.format].types:
+        from quantlab.quant import block_selection
+
+        return block_selection.file_bytes(recipe, files, chosen, stored_float(files, recipe.dtype))
     if recipe.bits != "auto":
         return _packed_bytes(recipe, files, chosen)
     low, high = min(recipe.widths), max(recipe.widths)
@@ -49,6 +54,8 @@ def checkpoint_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
 
 def stored_float(files: ModelFiles, wish: str) -> str:
     """The type of a checkpoint's plain tensors: the model's, float16 for float32, in which no kernel computes."""
+    if wish == "auto" and files.plain is not None:
+        wish = files.plain
     kinds = Counter(t.dtype for t in files.tensors.values() if t.dtype in FLOATS[1:])
     found = NAMES[wish] if wish != "auto" else kinds.most_common(1)[0][0] if kinds else "F32"
     return "F16" if found == "F32" else found
@@ -66,7 +73,7 @@ def _packed_bytes(recipe: QuantizeRecipe, files: ModelFiles, chosen: Selection) 
         rows, columns = shapes[owner]
         if owner not in chosen.widths:
             return {f"{owner}.weight": (plain, (rows, columns))}
-        bits, size, _ = chosen.widths[owner]
+        bits, size, *_ = chosen.widths[owner]
         linear = Linear(rows, columns, bits, 1 if size == -1 else columns // size, plain, floating)
         return {f"{owner}.{key}": entry for key, entry in held.tensors(linear).items()}
 

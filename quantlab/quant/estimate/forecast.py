@@ -17,8 +17,9 @@ Memory, in bytes, above what the process holds after its imports (CPU; on a GPU 
 Seconds: the operations of each step over the rate of the kind of work it is. With T tokens, a block of P weights,
 matrices [out, in]::
 
-    forwards     (2 P + 4 seq_len width) T   one for all recipes that propagate original outputs, two for each other
-    H            in^2 T                      a distinct input
+    forwards     (2 P + 4 seq_len width) T   one for all recipes that propagate original or corrected outputs, two for
+                                             each other, and STAGED over the paired tokens for each corrected one
+    H            in^2 T                      a distinct input, and three times that for the paired tokens
     solving      ``Method.cost`` of the registry: products, and passes over all weights
 
 The constants were fitted to measurements of this engine; expect the seconds within a factor of two, the memory within a
@@ -33,12 +34,14 @@ from typing import Any
 
 from quantlab.models.blockwise import layers_of
 from quantlab.models.safetensors.files import ModelFiles
+from quantlab.quant.drift import rows_paired, widest
 from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes, stored_float
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry.methods import METHODS
 
 IDLE = 500_000_000  # bytes of a process that has imported torch and transformers
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # as the engine has it
+STAGED = 2.7  # passes through a block, stage by stage and once more with all of it solved
 LAST = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2", "c_proj", "wo")
 
 
@@ -125,10 +128,10 @@ def together(
 ) -> tuple[list[Forecast], float]:
     """Each recipe's forecast when they are run together, sharing the pass over the calibration rows where they can, and
     the seconds of all of them."""
-    sharing = [r.calibration for r in recipes if r.needs_calibration and r.propagate == "original"]
+    sharing = [r.calibration for r in recipes if r.needs_calibration and r.propagate != "quantized"]
     found = []
     for recipe in recipes:
-        mine = recipe.needs_calibration and recipe.propagate == "original"
+        mine = recipe.needs_calibration and recipe.propagate != "quantized"
         shared = sharing.count(recipe.calibration) if mine else 1
         same = sum(other.method == recipe.method for other in recipes)
         found.append(
@@ -183,7 +186,13 @@ def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: MachineSpeed, sha
         attention = 4 * recipe.calibration.seq_len * width * len(blocks)
         forward = (2 * sum(b.weights for b in blocks) + attention) * tokens
         parts["forwards"] = passes * forward / rates.matmul / shared
-        parts["second moments"] = sum(columns**2 for columns, _ in layers) * tokens / rates.exact / shared
+        squares = sum(columns**2 for columns, _ in layers)
+        parts["second moments"] = squares * tokens / rates.exact / shared
+        if recipe.propagate == "corrected":
+            share = _paired(recipe, files) / recipe.calibration.rows
+            targets = sum(columns**3 / 3 + 4 * rows * columns**2 for columns, rows in layers)
+            parts["forwards"] += STAGED * share * forward / rates.matmul
+            parts["second moments"] += (3 * share * squares * tokens + targets) / rates.exact
     weights = sum(columns * rows for columns, rows in layers)
     options = recipe.options().model_dump()
     cost = METHODS[recipe.method].cost(layers, options, len(recipe.widths))
@@ -216,7 +225,17 @@ def _memory(
     forward = tokens * (width * (4 * _hidden(files) + 3 * widest) + 4 * widest)
     statistics = max(sum(4 * columns**2 for columns, _ in b.inputs) for b in blocks)
     held = 0 if spilled else _activation_bytes(recipe, files, width)
+    if recipe.propagate == "corrected":  # own activations, the inputs of one block, and the moments of a pair
+        inputs = max(sum(columns for columns, _ in b.inputs) for b in blocks) + _hidden(files)
+        paired = _paired(recipe, files) * recipe.calibration.seq_len
+        held += (0 if spilled else paired * inputs * width) + 3 * 4 * side**2
     return IDLE + max(embedding + held, block + held + statistics + max(forward, solving))
+
+
+def _paired(recipe: QuantizeRecipe, files: ModelFiles) -> int:
+    """Calibration rows that a corrected recipe looks at twice."""
+    calibration = recipe.calibration
+    return rows_paired(calibration.rows, calibration.seq_len, widest(layers_of(files).shapes))
 
 
 def _activation_bytes(recipe: QuantizeRecipe, files: ModelFiles, width: int) -> int:

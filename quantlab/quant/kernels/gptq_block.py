@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantlab.quant.grid import SMALLEST_SCALE, Grid, fit
+from quantlab.quant.grid import SEARCHED, SMALLEST_SCALE, Grid, fit, search
 
 BLOCK = 128  # columns a launch solves at most
 LARGEST_SCALE = 65280.0
@@ -49,11 +49,11 @@ def _rounded(value, low, high):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _fitted(w, inside, top, zero_low, zero_high):  # type: ignore[no-untyped-def]
+def _fitted(w, inside, shrink, top, zero_low, zero_high):  # type: ignore[no-untyped-def]
     """`grid.fit` on the columns ``inside`` [BLOCK] of ``w`` [ROWS, BLOCK]: scale and zero, float32 [ROWS]."""
     values = tl.where(inside[None, :], w, 0.0)
-    low = tl.minimum(tl.min(values, axis=1), 0.0)
-    high = tl.maximum(tl.max(values, axis=1), 0.0)
+    low = tl.minimum(tl.min(values, axis=1), 0.0) * shrink
+    high = tl.maximum(tl.max(values, axis=1), 0.0) * shrink
     symmetric = zero_low == zero_high
     high = tl.where(symmetric, tl.maximum(high, -low), high)
     low = tl.where(symmetric, -high, low)
@@ -66,6 +66,29 @@ def _fitted(w, inside, top, zero_low, zero_high):  # type: ignore[no-untyped-def
     scale = bits.to(tl.float32, bitcast=True)
     scale = tl.minimum(tl.maximum(scale, _SMALLEST), _LARGEST)
     return scale, _rounded(tl.math.div_rn(-low, scale), zero_low, zero_high)
+
+
+@triton.jit
+def _searched(w, inside, diagonal, shrinks_ptr, top, zero_low, zero_high, SEARCH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`grid.search` on the columns ``inside``; ``diagonal`` [BLOCK] of the factor gives their importance."""
+    scale, zero = _fitted(w, inside, tl.load(shrinks_ptr), top, zero_low, zero_high)
+    least = _cost(w, inside, diagonal, scale, zero, top)
+    for step in range(1, SEARCH):
+        s, z = _fitted(w, inside, tl.load(shrinks_ptr + step), top, zero_low, zero_high)
+        cost = _cost(w, inside, diagonal, s, z, top)
+        better = cost < least
+        scale, zero = tl.where(better, s, scale), tl.where(better, z, zero)
+        least = tl.minimum(cost, least)
+    return scale, zero
+
+
+@triton.jit
+def _cost(w, inside, diagonal, scale, zero, top):  # type: ignore[no-untyped-def]
+    """What rounding the columns ``inside`` to a grid costs, float32 [ROWS]."""
+    s, z = scale[:, None], zero[:, None]
+    error = (_rounded(tl.math.div_rn(w, s) + z, 0.0, top[:, None]) - z) * s - w
+    error = tl.math.div_rn(error, tl.zeros_like(error) + diagonal[None, :])
+    return tl.sum(tl.where(inside[None, :], error * error, 0.0), axis=1)
 
 
 @triton.jit
@@ -91,6 +114,7 @@ def _block_kernel(  # type: ignore[no-untyped-def]
     scales_ptr,  # float32 [rows, groups]
     zeros_ptr,  # int32 [rows, groups]
     group_ptr,  # int32 [columns], only where the grids are GIVEN
+    shrinks_ptr,  # float32 [SEARCH], only where ranges are searched for
     codes_ptr,  # uint8 [rows, columns]
     errors_ptr,  # float32 [rows, columns]
     loss_ptr,  # float32 [rows], added to
@@ -103,6 +127,7 @@ def _block_kernel(  # type: ignore[no-untyped-def]
     codes_stride,
     errors_stride,
     GIVEN: tl.constexpr,
+    SEARCH: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -127,7 +152,13 @@ def _block_kernel(  # type: ignore[no-untyped-def]
         for group in range(0, columns // WIDTH):
             first = group * WIDTH
             # The group's range is that of the weights as the columns before it have left them.
-            scale, zero = _fitted(w, (lane >= first) & (lane < first + WIDTH), top, zero_low, zero_high)
+            inside = (lane >= first) & (lane < first + WIDTH)
+            if SEARCH > 1:
+                here = lane < columns
+                diagonal = tl.load(factor_ptr + lane * (factor_stride + 1), mask=here, other=1.0)
+                scale, zero = _searched(w, inside, diagonal, shrinks_ptr, top, zero_low, zero_high, SEARCH)
+            else:
+                scale, zero = _fitted(w, inside, 1.0, top, zero_low, zero_high)
             for j in range(first, first + WIDTH):
                 w, codes = _column(w, codes, j, lane, scale, zero, top, factor_ptr, factor_stride, columns)
             tl.store(scales_ptr + at * scales_stride + group, scale, mask=live)
@@ -148,6 +179,7 @@ def gptq_block(
     *,
     width: int | None = None,
     group_of: torch.Tensor | None = None,
+    shrinks: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
     errors: torch.Tensor | None = None,
     loss: torch.Tensor | None = None,
@@ -166,6 +198,7 @@ def gptq_block(
             read where ``group_of`` is.
         width: columns a group spans, a divisor of ``columns``: grids are fitted to the weights as corrected.
         group_of: int32 [columns], which grid of ``scales`` and ``zeros`` a column takes.
+        shrinks: float32, the ranges to try where grids are fitted: shares of the whole one, that first.
         codes, errors, loss: what to write to (``loss``: to add to), else new ones.
         tile_rows: rows a program solves, a power of two; ``warps`` it runs in (speed only).
 
@@ -198,6 +231,7 @@ def gptq_block(
             scales,
             zeros,
             zeros if group_of is None else group_of,  # any pointer: not read
+            scales if shrinks is None else shrinks,
             codes,
             errors,
             loss,
@@ -210,6 +244,7 @@ def gptq_block(
             codes.stride(0),
             errors.stride(0),
             GIVEN=group_of is not None,
+            SEARCH=1 if shrinks is None else len(shrinks),
             WIDTH=width or 1,
             ROWS=tile_rows,
             BLOCK=BLOCK,
@@ -226,6 +261,7 @@ def solve_columns_cuda(
     grids: Sequence[Grid],
     static: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     *,
+    clip_search: bool = False,
     tile_rows: int = 16,
     warps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -238,6 +274,7 @@ def solve_columns_cuda(
         order: int64 [in], which column of the matrix each one is (read for static groups only).
         static: scales and zeros [rows of the grid, groups] of each grid, fixed beforehand, of groups in place. Without,
             groups are runs of columns as they stand, and their grids are fitted to the weights as corrected.
+        clip_search: fitted grids are those of the range that costs least.
 
     Returns:
         codes uint8 [rows, in], in solving order; scales float32 and zeros int32 [rows, groups]; ``sum_j e_j^2``
@@ -259,6 +296,7 @@ def solve_columns_cuda(
         zeros = torch.cat([zero for _, zero in static]).to(torch.int32)
     step = BLOCK if static is not None else block_columns(width, columns)
     inside = static is None and width <= step  # groups end inside a block: the kernel fits their grids
+    shrinks = torch.tensor(SEARCHED, device=w.device) if clip_search and inside else None
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=w.device)
     buffer = torch.empty(rows, min(step, columns), device=w.device)
     loss = torch.zeros(rows, device=w.device)
@@ -269,7 +307,12 @@ def solve_columns_cuda(
             if static is None and not inside and start % width == 0:
                 for i, grid in enumerate(grids):
                     own, group = slice(i * part, (i + 1) * part), start // width
-                    scales[own, group], zeros[own, group] = fit(w[own, start : start + width], grid)
+                    values, span = w[own, start : start + width], slice(start, start + width)
+                    if clip_search:
+                        importance = torch.diagonal(factor)[span].pow(-2)
+                        scales[own, group], zeros[own, group] = search(values, importance, grid)
+                    else:
+                        scales[own, group], zeros[own, group] = fit(values, grid)
             _, errors, _ = gptq_block(
                 w[:, start:stop],
                 factor[start:stop, start:stop],
@@ -278,6 +321,7 @@ def solve_columns_cuda(
                 zeros[:, groups],
                 width=width if inside else None,
                 group_of=None if inside else group_of[start:stop],
+                shrinks=shrinks,
                 codes=codes[:, start:stop],
                 errors=buffer[:, : stop - start],
                 loss=loss,

@@ -27,13 +27,13 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from quantlab.quant.block import BlockResult, BlockView, join, split
-from quantlab.quant.grid import Grid, Quantized, fit
-from quantlab.quant.hessian import mirror, strips
+from quantlab.quant.grid import Grid, Quantized, fit, search
+from quantlab.quant.hessian import InputHessian, mirror, strips
 from quantlab.quant.kernels import available
 
 ActOrder = bool | Literal["group"]
@@ -171,6 +171,7 @@ def solve_gptq(
     damp: float = 0.01,
     act_order: ActOrder = False,
     static_groups: bool = False,
+    clip_search: bool = False,
     block: int = 128,
 ) -> Quantized:
     """Quantize one layer, or several of equal input stacked along their rows.
@@ -180,6 +181,7 @@ def solve_gptq(
         hessian: second moments of the input, [in, in], symmetric, positive semi-definite.
         damp: share of the mean diagonal added to the diagonal.
         static_groups: with ``act_order=True``, keep groups in place, on grids of the weights as they are.
+        clip_search: search for the range of each group.
         block: columns solved between two updates of the rest (speed only, the result is the same algebra).
 
     Raises:
@@ -192,6 +194,7 @@ def solve_gptq(
         [grid],
         in_place=act_order is not True or static_groups,
         static_groups=static_groups,
+        clip_search=clip_search,
         block=block,
     )
     return found[0][0]
@@ -204,6 +207,7 @@ def solve_many(
     *,
     in_place: bool,
     static_groups: bool = False,
+    clip_search: bool = False,
     block: int = 128,
 ) -> list[tuple[Quantized, torch.Tensor]]:
     """Solve ``weight`` [out, in] on several grids at once. Their groups nest (on GPUs: are of one width).
@@ -222,7 +226,15 @@ def solve_many(
     at_once = max(1, TALL // len(grids))
     if rows > at_once and not available(weight.device):
         tiles = [
-            solve_many(tile, prepared, grids, in_place=in_place, static_groups=static_groups, block=block)
+            solve_many(
+                tile,
+                prepared,
+                grids,
+                in_place=in_place,
+                static_groups=static_groups,
+                clip_search=clip_search,
+                block=block,
+            )
             for tile in weight.split(at_once)
         ]
         return [
@@ -231,24 +243,29 @@ def solve_many(
         ]
     order, dead = prepared.order, prepared.dead
     parts = [slice(i * rows, (i + 1) * rows) for i in range(len(grids))]
+    importance = torch.diagonal(prepared.factor).pow(-2) if clip_search else None  # [in], in solving order
     static = None
     if static_groups:
         whole = weight.to(torch.float32).masked_fill(dead, 0.0)
-        static = [fit(whole.view(rows, -1, width), grid) for width, grid in zip(widths, grids, strict=True)]
+        static = [
+            _in_place(whole, width, grid, clip_search) for width, grid in zip(widths, grids, strict=True)
+        ]
     # Where a channel is dead any value is as good, and zero widens no range.
     if available(weight.device):
         from quantlab.quant.kernels.gptq_block import solve_columns_cuda
 
         # [grids * out, in]
         w = weight.to(torch.float32).masked_fill(dead, 0.0)[:, order].repeat(len(grids), 1)
-        codes, scales, zeros, loss = solve_columns_cuda(w, prepared.factor, order, grids, static)
+        codes, scales, zeros, loss = solve_columns_cuda(
+            w, prepared.factor, order, grids, static, clip_search=clip_search
+        )
         codes = codes.t()
         fitted = [(scales[part].t(), zeros[part].t()) for part in parts]
     else:
         w = weight.to(torch.float32).t()[order]  # [in, out]
         w[dead[order]] = 0.0
         w = w.repeat(1, len(grids)) if len(grids) > 1 else w
-        codes, fitted, loss = _solve_columns(w, prepared.factor, order, grids, static, block)
+        codes, fitted, loss = _solve_columns(w, prepared.factor, order, grids, static, importance, block)
     del w
     back = torch.argsort(order)
     found = []
@@ -277,6 +294,7 @@ def _solve_columns(
     order: torch.Tensor,
     grids: Sequence[Grid],
     static: Sequence[tuple[torch.Tensor, torch.Tensor]] | None,
+    importance: torch.Tensor | None,
     block: int,
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     """The recursion on ``w`` float32 [in, rows] (overwritten), rows being those of each grid in turn.
@@ -285,7 +303,8 @@ def _solve_columns(
     one. Halves end in leaves of a few columns, each inside one group of every grid; there everything is divided by the
     group's scale once, so that a column takes four passes: round, clamp, subtract, and off the leaf's later columns.
 
-    ``static``: scales and zeros [out, groups] of each grid, of groups in place.
+    ``static``: scales and zeros [out, groups] of each grid, of groups in place. ``importance`` [in]: of each column,
+    where ranges are searched for.
 
     Returns:
         codes uint8 [in, rows]; of each grid scales and zeros float32 [groups, out]; ``sum_j e_j^2`` float32 [rows].
@@ -325,7 +344,11 @@ def _solve_columns(
                 if static is not None:
                     scale[part], zero[part] = (found[origin[low] // width] for found in (scales, zeros))
                 elif low % width == 0:  # a new group: its range is that of the weights as corrected so far
-                    scale[part], zero[part] = fit(w[low : low + width, part].t(), grid)
+                    group = w[low : low + width, part].t()
+                    if importance is None:
+                        scale[part], zero[part] = fit(group, grid)
+                    else:
+                        scale[part], zero[part] = search(group, importance[low : low + width], grid)
                     scales[low // width], zeros[low // width] = scale[part], zero[part]
             values, inside = w[low:high], slice(low - start, high - start)
             torch.div(values, scale, out=values).add_(zero)  # in steps of the grid
@@ -343,6 +366,18 @@ def _solve_columns(
         if stop < columns:
             w[stop:].addmm_(factor[start:stop, stop:].t(), done, alpha=-1)
     return codes, fitted, loss
+
+
+def _in_place(
+    weight: torch.Tensor, width: int, grid: Grid, clip_search: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [out, groups] for ``weight`` [out, in] as it is, in groups of ``width`` columns as they stand.
+    All columns count alike in the search: most will have been moved when it is their turn."""
+    groups = weight.view(len(weight), -1, width)
+    if not clip_search:
+        return fit(groups, grid)
+    scale, zero = search(groups.flatten(0, 1), weight.new_ones(width), grid)
+    return scale.view(len(weight), -1), zero.view(len(weight), -1)
 
 
 def halves(low: int, high: int, units: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -399,6 +434,7 @@ def quantize_block(
     damp: float = 0.01,
     act_order: ActOrder = False,
     static_groups: bool = False,
+    clip_search: bool = False,
 ) -> list[BlockResult]:
     """Every linear that a set of ``grids`` names, on its grid; one result a set. Layers of equal input, and grids of
     equal width, are solved as one matrix."""
@@ -406,7 +442,7 @@ def quantize_block(
     in_place = act_order is not True or static_groups
     for moments in block.moments:
         known = {} if block.cache is None else block.cache
-        for names, wanted in _alike(moments.layers, grids):
+        for names, wanted in alike(moments.layers, grids):
             weight, sizes = block.stack(names), block.rows(names)
             columns = weight.shape[1]
             widths = [grid.columns(columns) for _, grid in wanted]
@@ -415,15 +451,13 @@ def quantize_block(
             together = act_order != "group" and nest(widths) and not available(weight.device)
             for width in dict.fromkeys(widths[:1] if together else widths):
                 chosen = [one for one, own in zip(wanted, widths, strict=True) if together or own == width]
-                key = ("gptq", moments.layers[0], damp, act_order, width if act_order == "group" else 0)
-                if key not in known:
-                    known[key] = prepare(moments.hessian, width=width, damp=damp, act_order=act_order)
                 solved = solve_many(
                     weight,
-                    known[key],
+                    prepared_once(known, moments, width, damp, act_order),
                     [grid for _, grid in chosen],
                     in_place=in_place,
                     static_groups=static_groups,
+                    clip_search=clip_search,
                 )
                 for (i, _), (whole, loss) in zip(chosen, solved, strict=True):
                     parts = zip(names, split(whole, sizes), loss.split(sizes), strict=True)
@@ -433,7 +467,19 @@ def quantize_block(
     return results
 
 
-def _alike(
+def prepared_once(
+    known: dict[Any, Any], moments: InputHessian, width: int, damp: float, act_order: ActOrder
+) -> Prepared:
+    """The Hessian of an input made ready for groups of ``width`` columns, as ``known`` of an earlier solve has it."""
+    key = ("gptq", moments.layers[0], damp, act_order, width if act_order == "group" else 0)
+    if key not in known:
+        known[key] = prepare(moments.hessian, width=width, damp=damp, act_order=act_order)
+    found = known[key]
+    assert isinstance(found, Prepared)
+    return found
+
+
+def alike(
     layers: Sequence[str], grids: Sequence[Mapping[str, Grid]]
 ) -> list[tuple[tuple[str, ...], list[tuple[int, Grid]]]]:
     """Layers of one input that are solved as one matrix, and for which results (by number) on which grids: those that

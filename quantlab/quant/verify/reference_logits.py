@@ -25,6 +25,7 @@ from torch import nn
 
 from quantlab.errors import DataError
 from quantlab.formats import format_module
+from quantlab.formats.gguf.pack import unpack
 from quantlab.models.blockwise import BlockwiseModel, run_block
 from quantlab.models.experts import Experts
 from quantlab.models.layers import as_weight, is_layer
@@ -33,6 +34,7 @@ from quantlab.models.safetensors.files import ModelFiles, TensorInfo, open_files
 from quantlab.models.safetensors.tensors import read_rows, read_tensor
 from quantlab.quant.block import BlockResult
 from quantlab.quant.grid import Quantized
+from quantlab.registry.block_types import BLOCK_TYPES
 from quantlab.registry.formats import FORMATS
 
 # A module with a tensor of one of these names holds its weight packed.
@@ -66,6 +68,36 @@ class FileWeights:
     def _plain(self, tensor: torch.Tensor) -> torch.Tensor:
         kept = tensor if self.stored is None else tensor.to(self.stored)
         return kept.to(self.opened.device, torch.float32)
+
+
+class _OutsideWeights(FileWeights):
+    """Those outside the blocks, some of them packed in block types: ``packed`` by their names in the model's files,
+    each the bytes of one, called ``...type``."""
+
+    def __init__(self, opened: BlockwiseModel, stored: torch.dtype, packed: Mapping[str, TensorInfo]) -> None:
+        super().__init__(opened, stored)
+        self.packed = packed
+
+    def whole(self, name: str) -> torch.Tensor | None:
+        held = self._held(name)
+        return super().whole(name) if held is None else self._unpacked(held, read_tensor(held))
+
+    def part(self, name: str, rows: slice) -> torch.Tensor | None:
+        held = self._held(name)
+        return super().part(name, rows) if held is None else self._unpacked(held, read_tensor(held, rows))
+
+    def looked_up(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
+        held = self._held(name)
+        if held is None:
+            return super().looked_up(name, ids)
+        rows = read_rows(held, ids.cpu())
+        return self._unpacked(held, rows.view(-1, rows.shape[-1])).view(*ids.shape, -1)
+
+    def _held(self, name: str) -> TensorInfo | None:
+        return self.packed.get(self.opened.names.stored.get(name, "").removesuffix(".weight"))
+
+    def _unpacked(self, held: TensorInfo, packed: torch.Tensor) -> torch.Tensor:
+        return unpack(packed, BLOCK_TYPES[held.name.rpartition(".")[2]]).dequantize().to(self.opened.device)
 
 
 class _SolvedWeights(FileWeights):
@@ -122,9 +154,17 @@ class ReferencePass:
             first, self._calls = self._opened.inputs(rows)
         self._first = torch.cat([first, first])
 
-    def start(self) -> torch.Tensor:
-        """Hidden states before the first block, float32 [2 rows, tokens, hidden]: every row twice."""
-        return self._first.clone()
+    def start(self, outside: Mapping[str, TensorInfo] | None = None) -> torch.Tensor:
+        """Hidden states before the first block, float32 [2 rows, tokens, hidden]: every row twice. ``outside``: packed
+        matrices in place of the model's own, as ``Plan.outside``."""
+        if not outside:
+            return self._first.clone()
+        with (
+            torch.no_grad(),
+            borrowed(self._opened.model, _OutsideWeights(self._opened, self.stored, outside)),
+        ):
+            first, _ = self._opened.inputs(self.rows)
+        return torch.cat([first, first])
 
     @torch.no_grad()
     def through(self, index: int, hidden: torch.Tensor, result: BlockResult) -> torch.Tensor:
@@ -144,9 +184,10 @@ class ReferencePass:
                 return torch.cat([first, run_block(block, rounded, self._calls[index])])
 
     @torch.no_grad()
-    def logits(self, hidden: torch.Tensor) -> Expected:
-        """Last norm and head on the states after the last block."""
-        with borrowed(self._opened.model, self._around):
+    def logits(self, hidden: torch.Tensor, outside: Mapping[str, TensorInfo] | None = None) -> Expected:
+        """Last norm and head on the states after the last block. ``outside`` as for :meth:`start`."""
+        around = _OutsideWeights(self._opened, self.stored, outside) if outside else self._around
+        with borrowed(self._opened.model, around):
             found = _after_blocks(self._opened, torch.cat([self.rows, self.rows]), hidden)
         return Expected(*found.chunk(2))
 

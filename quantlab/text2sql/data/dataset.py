@@ -22,10 +22,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from quantlab.errors import DataError
-from quantlab.paths import DATA, find_source, nearest, short_hash
+from quantlab.paths import DATA, find_source, nearest
 from quantlab.text2sql.data import benchmarks
 from quantlab.text2sql.data.hub import hub_rows, parse_hub
 from quantlab.text2sql.data.item import BadRow, Item, _id_of, parse_row
@@ -126,15 +126,9 @@ def digest(items: Iterable[Item]) -> str:
         # What most data do not have is named only where it is: their digests stay as they were.
         fields += [item.dialect] if item.dialect else []
         fields += [f"evidence {item.evidence}"] if item.evidence else []
+        fields += [f"note {note.table} {note.line}" for note in item.notes]
         state.update(json.dumps(fields, ensure_ascii=True).encode() + b"\n")
     return state.hexdigest()[:16]
-
-
-def options_digest(options: Any) -> str:
-    """Names the data of the Text2SQL task's options; those on the hub by their name, since fetching is heavy work."""
-    if on_the_hub(options.data):
-        return short_hash([options.data])
-    return digest(load_items(options.data, options.limit))
 
 
 def on_the_hub(source: str) -> bool:

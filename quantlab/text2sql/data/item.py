@@ -12,22 +12,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from quantlab.errors import DataError
 
 _REQUIRED = ("db_id", "question", "answer")
 
 
-_KNOWN = frozenset({*_REQUIRED, "id", "context", "database", "alternatives", "dialect"})
+_KNOWN = frozenset({*_REQUIRED, "id", "context", "database", "alternatives", "dialect", "schema_notes"})
 
 
 _ALIASES = {"postgresql": "postgres", "mariadb": "mysql", "sqlite3": "sqlite"}
 
 
+class Note(NamedTuple):
+    """A line that stands behind the DDL in a prompt, about one table: what a column means, which values it holds."""
+
+    table: str
+    line: str
+
+
 @dataclass(frozen=True)
 class Item:
-    """One question. `extra` holds the row's other columns (db, tables, level, kind, …)."""
+    """One question. `extra` holds the row's other columns (db, tables, level, kind, …); `notes` is filled where a
+    prompt is to show more of the schema than its DDL."""
 
     id: str
     db_id: str
@@ -38,6 +46,7 @@ class Item:
     alternatives: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     dialect: str = ""  # of the golds, "" when unknown
+    notes: tuple[Note, ...] = ()
     shared_id: str = ""  # the id that the data give to this row and to others, "" where it is the row's alone
 
     @property
@@ -88,7 +97,17 @@ def parse_row(row: Any, where: str, folder: Path | None = None) -> Item:
         alternatives=tuple(alternatives),
         extra={key: value for key, value in row.items() if key not in _KNOWN},
         dialect=_ALIASES.get(dialect.strip().lower(), dialect.strip().lower()),
+        notes=_notes(row.get("schema_notes"), where),
     )
+
+
+def _notes(found: Any, where: str) -> tuple[Note, ...]:
+    """As prepared rows keep them: a list of [table, line]."""
+    pairs = found or []
+    shaped = isinstance(pairs, list) and all(isinstance(one, list) and len(one) == 2 for one in pairs)
+    if not shaped or not all(isinstance(text, str) and "\n" not in text for one in pairs for text in one):
+        raise DataError(f"{where}: 'schema_notes' must be a list of [table, line]")
+    return tuple(Note(*one) for one in pairs)
 
 
 def _id_of(row: Any, where: str) -> str:

@@ -1,4 +1,4 @@
-"""The Text2SQL prompt: an instruction in Korean, the tables, the question, and the place where SQL goes.
+"""The Text2SQL prompt: an instruction, the tables, the question, and the place where SQL goes.
 
 The one place where it is written, so that training and inference see the same characters (`build_prompts`) and the
 same tokens (`prompt_encoder`):
@@ -13,6 +13,9 @@ same tokens (`prompt_encoder`):
 
     ### SQL:
     {answer}{end of sequence}
+
+That is how the bundled templates have it, in Korean and in English; a file may have it otherwise (`template.py`).
+Behind the DDL may stand lines that say more of the schema (`schema_notes.py`).
 
 A row's `evidence` (BIRD's external knowledge) follows the question on a line of its own. What of a row is shown is
 decided by `row_fields`, for the student's prompt as for the teacher's and the judge's. Few-shot examples stand
@@ -32,13 +35,11 @@ from typing import Any, Literal, TypedDict
 
 from quantlab.errors import DataError, RecipeError
 from quantlab.text2sql.data.item import Item
-from quantlab.text2sql.prompt.schema_linking import link
+from quantlab.text2sql.prompt.schema_linking import Linked, link
+from quantlab.text2sql.prompt.template import Template, bundled_template
 
-INSTRUCTION = (
-    "당신은 질문을 SQL로 옮기는 도우미입니다. "
-    "아래 DDL에 정의된 테이블만 사용해서 Question에 답하는 SQL 쿼리 하나를 작성하세요."
-)
-
+# Of the bundled Korean template, the default where none is given.
+INSTRUCTION = bundled_template("ko").instruction
 HEADINGS = ("### DDL:", "### Question:", "### SQL:")
 
 Chat = Literal["auto", "always", "never"]
@@ -53,24 +54,31 @@ class RowFields(TypedDict):
 
 
 def row_fields(item: Item, context: str | None = None) -> RowFields:
-    """What of a row is shown to whoever answers or judges it; `context` in place of the whole DDL."""
+    """What of a row is shown to whoever answers or judges it; `context` in place of the whole schema."""
     return {
-        "context": item.context if context is None else context,
+        "context": schema_text(item) if context is None else context,
         "question": item.question,
         "evidence": item.evidence,
     }
 
 
-def item_prompt(item: Item, context: str | None = None) -> str:
+def schema_text(item: Item, linked: Linked | None = None) -> str:
+    """The DDL, or what a linker left of it, and behind it the row's notes about the tables that are there."""
+    context = item.context if linked is None else linked.context
+    gone = {name.lower() for name in linked.removed} if linked is not None else set()
+    lines = [note.line for note in item.notes if note.table.lower() not in gone]
+    return "\n".join([context.rstrip(), *lines]) if lines else context
+
+
+def item_prompt(item: Item, context: str | None = None, template: Template | None = None) -> str:
     """The row's own prompt, without examples and chat template."""
-    return build_prompt(**row_fields(item, context))
+    return build_prompt(**row_fields(item, context), template=template)
 
 
-def build_prompt(context: str, question: str, evidence: str = "") -> str:
-    """Everything that stands before the answer, ending in a newline: the answer's first token follows directly."""
-    ddl, asked, sql = HEADINGS
-    hint = f"\nEvidence: {evidence.strip()}" if evidence.strip() else ""
-    return f"{INSTRUCTION}\n\n{ddl}\n{context.strip()}\n\n{asked}\n{question.strip()}{hint}\n\n{sql}\n"
+def build_prompt(context: str, question: str, evidence: str = "", template: Template | None = None) -> str:
+    """Everything that stands before the answer, ending in a newline: the answer's first token follows directly. The
+    bundled Korean template is the default."""
+    return (template or bundled_template("ko")).write(context, question, evidence)
 
 
 def complete_statement(sql: str) -> str:
@@ -78,9 +86,9 @@ def complete_statement(sql: str) -> str:
     return sql.strip().rstrip("; \t\r\n") + ";"
 
 
-def shot_text(item: Item) -> str:
+def shot_text(item: Item, template: Template | None = None) -> str:
     """An example: the row's own prompt, its statement, a blank line."""
-    return f"{item_prompt(item)}{complete_statement(item.answer)}\n\n"
+    return f"{item_prompt(item, template=template)}{complete_statement(item.answer)}\n\n"
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Prompt:
     """`text` goes to the model. `tables`: those that the linker left in, None where it left in all of them.
 
     `shots` are the ids of the examples that fitted; `cut` says in words what did not, "" where all did. `whole`: of the
-    row's own prompt nothing was cut. `context` is the DDL as it is shown.
+    row's own prompt nothing was cut. `context` is the schema as it is shown.
     """
 
     text: str
@@ -124,15 +132,17 @@ def build_prompts(
     chat: Chat = "never",
     tokenizer: Any = None,
     room: int | None = None,
+    template: Template | None = None,
 ) -> list[Prompt]:
-    """A prompt for each item, of at most `room` tokens where that is given.
+    """A prompt for each item, of at most `room` tokens where that is given, by the bundled Korean template unless
+    another is.
 
     Raises:
         RecipeError: `chat` is "always" and the tokenizer has no chat template. DataError: the template fails.
     """
     templated = wants_chat(tokenizer, chat)
     render = chat_renderer(tokenizer) if templated else str
-    examples = [shot_text(shot) for shot in shots]
+    examples = [shot_text(shot, template) for shot in shots]
     encode = prompt_encoder(tokenizer) if room is not None else None
 
     def fits(texts: Sequence[str]) -> list[bool]:
@@ -140,13 +150,15 @@ def build_prompts(
             return [True] * len(texts)
         return [len(ids) <= room for ids in encode([render(text) for text in texts])]
 
-    linked = [_link(item) if linker == "lexical" else Prompt("", context=item.context) for item in items]
-    texts = ["".join(examples) + item_prompt(item, prompt.context) for item, prompt in zip(items, linked)]
+    linked = [_link(item) if linker == "lexical" else Prompt("", context=schema_text(item)) for item in items]
+    texts = [
+        "".join(examples) + item_prompt(item, prompt.context, template) for item, prompt in zip(items, linked)
+    ]
     ids = tuple(shot.id for shot in shots)
     prompts = [
         replace(prompt, text=text, shots=ids)
         if whole
-        else _fit(item, prompt, ids, examples, lambda text: fits([text])[0])
+        else _fit(item, prompt, ids, examples, lambda text: fits([text])[0], template)
         for item, prompt, text, whole in zip(items, linked, texts, fits(texts))
     ]
     return [replace(prompt, text=render(prompt.text), chat=templated) for prompt in prompts]
@@ -155,16 +167,22 @@ def build_prompts(
 def _link(item: Item) -> Prompt:
     """A prompt without a text yet: the tables that the question and its evidence seem to need."""
     linked = link(item.context, f"{item.question} {item.evidence}")
-    return Prompt("", tables=linked.kept if linked.removed else None, context=linked.context)
+    context = schema_text(item, linked)
+    return Prompt("", tables=linked.kept if linked.removed else None, context=context)
 
 
 def _fit(
-    item: Item, prompt: Prompt, shots: Sequence[str], examples: Sequence[str], fits: Callable[[str], bool]
+    item: Item,
+    prompt: Prompt,
+    shots: Sequence[str],
+    examples: Sequence[str],
+    fits: Callable[[str], bool],
+    template: Template | None = None,
 ) -> Prompt:
     """The prompt of a row for which there is no room with all examples, cut until it fits."""
 
     def text(used: int, ddl: str) -> str:
-        return "".join(examples[:used]) + item_prompt(item, ddl)
+        return "".join(examples[:used]) + item_prompt(item, ddl, template)
 
     for used in range(len(examples) - 1, -1, -1):
         if fits(text(used, prompt.context)):
