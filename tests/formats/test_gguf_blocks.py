@@ -210,12 +210,15 @@ def test_no_worse_than_llama_cpp_on_real_tensors(kind: BlockType, theirs: Callab
 
 
 def test_the_nearest_level_of_a_table() -> None:
-    from quantlab.formats.gguf.scale_search import nearest
+    from quantlab.formats.gguf.levels import Levels
 
     kind = BLOCK_TYPES["IQ4_NL"]
     table = torch.tensor(kind.table, dtype=torch.float32)
     middles = (table[1:] + table[:-1]) / 2
     x = torch.cat([torch.linspace(-400, 400, 20001), middles, middles - 1e-5, middles + 1e-5, table])
-    found = nearest(x.clone(), torch.ones(()), None, kind)
-    assert torch.equal(found, torch.bucketize(x, middles).float())  # a tie goes to the lower level
-    assert torch.equal((x - table[found.long()]).abs(), (x[:, None] - table).abs().amin(dim=1))
+    grid = Levels(kind, x.device)
+    levels = grid.nearest(x.clone())
+    codes = grid.codes(levels)
+    assert torch.equal(codes.long(), torch.bucketize(x, middles))  # a tie goes to the lower level
+    assert torch.equal(levels, table[codes.long()]) and torch.equal(grid.of(codes), levels)
+    assert torch.equal((x - levels).abs(), (x[:, None] - table).abs().amin(dim=1))

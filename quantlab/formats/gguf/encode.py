@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from quantlab.formats.gguf.levels import Levels
 from quantlab.formats.gguf.pack import Blocks, pack
-from quantlab.formats.gguf.scale_search import Fitted, fit, inverse, nearest, positive
+from quantlab.formats.gguf.scale_search import Fitted, fit, inverse, positive
 from quantlab.registry.block_types import BlockType
 
 TILE = 1 << 18  # weights searched at once; some ten temporaries of this size
@@ -53,11 +54,11 @@ def encode_rows(
 
 def _codes(x: torch.Tensor, fitted: Fitted, kind: BlockType) -> torch.Tensor:
     """Nearest codes uint8 [columns, rows]."""
-    groups = x.view(-1, kind.group, x.shape[1])
-    offsets = fitted.offsets()
-    over = None if offsets is None else offsets[:, None]
-    codes = nearest(groups, inverse(fitted.steps())[:, None], over, kind)
-    return codes.view(x.shape).to(torch.uint8)
+    groups, offsets = x.view(-1, kind.group, x.shape[1]), fitted.offsets()
+    shifted = groups if offsets is None else groups + offsets[:, None]
+    grid = Levels(kind, x.device)
+    levels = grid.nearest(shifted * inverse(fitted.steps())[:, None])
+    return grid.codes(levels).view(x.shape)
 
 
 def blocks_of(codes: torch.Tensor, fitted: Fitted, kind: BlockType) -> Blocks:

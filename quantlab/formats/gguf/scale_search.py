@@ -17,21 +17,20 @@ whole vectors of rows. Callers bound the memory by the rows they hand over.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
+from quantlab.formats.gguf.levels import Levels
 from quantlab.formats.gguf.plain_rounding import half
 from quantlab.registry.block_types import BlockType
 
 # Of the largest integer, for the group of the largest step.
 SHARES = (1.0, 0.86, 0.93, 1.1, 1.25, 1.5, 2.0, 3.0)
 SMALLEST = 1e-30  # a step below this is none
-HALVES = 256  # twice what the levels of a table reach at most
 MARGIN = 0.02  # share of a group's error that a larger step has to save
-ROUNDS = 4  # of alternation from the best start, and again in a super-block
+ROUNDS = 2  # of alternation of real steps and levels from the best start
+STORED_ROUNDS = 4  # of what the file holds and levels
 
 
 @dataclass(frozen=True)
@@ -113,34 +112,6 @@ def inverse(step: torch.Tensor) -> torch.Tensor:
     return torch.where(step.abs() < SMALLEST, 0.0, 1.0 / step)
 
 
-@lru_cache
-def _code_of_half(table: tuple[int, ...]) -> tuple[float, ...]:
-    """The code nearest to every half from ``-HALVES / 2`` up. Borders between integers are whole halves, so a value and
-    the next half above it are on the same side of each."""
-    borders = [low + high for low, high in itertools.pairwise(table)]  # in halves
-    return tuple(float(sum(border < half for border in borders)) for half in range(-HALVES, HALVES))
-
-
-def nearest(
-    x: torch.Tensor, inverse: torch.Tensor, offset: torch.Tensor | None, kind: BlockType
-) -> torch.Tensor:
-    """Codes, as float32, nearest to ``x``; the inverse of the step and the offset are broadcast. A new tensor.
-
-    A step of zero gives the code of level zero, or of the lowest there is."""
-    scaled = x * inverse if offset is None else (x + offset).mul_(inverse)
-    if kind.table:
-        halves = scaled.mul_(2).ceil_().clamp_(-HALVES, HALVES - 1).add_(HALVES)
-        return torch.tensor(_code_of_half(kind.table), device=x.device)[halves.long()]
-    return scaled.sub_(kind.low).round_().clamp_(kind.bottom, kind.top)
-
-
-def levels_of(codes: torch.Tensor, kind: BlockType) -> torch.Tensor:
-    """Levels float32 of codes float32."""
-    if kind.table:
-        return torch.tensor(kind.table, dtype=torch.float32, device=codes.device)[codes.long()]
-    return codes + kind.low if kind.low else codes
-
-
 @dataclass
 class _Sums:
     """Weighted sums over a group, [groups, rows]: of ``l``, ``l l``, ``l x``; those of 1 and x do not change."""
@@ -155,6 +126,7 @@ class _Search:
 
     def __init__(self, x: torch.Tensor, weights: torch.Tensor | None, kind: BlockType) -> None:
         self.x, self.weights, self.kind = x, weights, kind
+        self.grid = Levels(kind, x.device)
         self.wx = x if weights is None else x * weights
         self.sum_xx = (self.wx * x).sum(dim=1)
         self.sum_x = self.wx.sum(dim=1) if kind.minimum else None
@@ -167,9 +139,8 @@ class _Search:
         self.least = 0.0 if kind.min_range else -float("inf")
 
     def levels(self, step: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
-        over = None if offset is None else offset[:, None]
-        codes = nearest(self.x, inverse(step)[:, None], over, self.kind)
-        return levels_of(codes, self.kind)
+        steps = inverse(step)[:, None]
+        return self.grid.nearest(self.x * steps if offset is None else (self.x + offset[:, None]).mul_(steps))
 
     def sums(self, levels: torch.Tensor) -> _Sums:
         product = (levels * self.wx).sum(dim=1)
@@ -216,7 +187,7 @@ class _Search:
             if self.kind.min_range:
                 least = least.clamp(max=0.0)
             middle, span = (least + most) / 2, (most - least).clamp(min=0.0)
-            for steps in _counts(self.kind.top, CLIPPED[self.kind.bits]):
+            for steps in _counts(self.kind.top, self.kind.bits):
                 step = span / steps
                 offset = -least if steps < self.kind.top else step * (self.kind.top / 2) - middle
                 found.append((step, offset.clamp(min=self.least)))
@@ -225,7 +196,7 @@ class _Search:
         largest = self.x.gather(1, index)[:, 0]  # with its sign
         low, high = self.kind.levels
         for end in (low, high):  # the level that the largest value gets
-            signs = _counts(abs(end), CLIPPED[self.kind.bits] * (12 if self.kind.table else 1) / 2)
+            signs = _counts(abs(end), self.kind.bits, 6.0 if self.kind.table else 0.5)
             found += [(largest / (steps if end > 0 else -steps), None) for steps in signs]
         return [*found, (largest / low, None)]  # the plain range
 
@@ -256,7 +227,7 @@ class _Search:
         least = torch.full_like(step, float("inf"))
         for start in ((step, offset), self.starts()[-1]):
             step, offset = start
-            for _ in range(ROUNDS):
+            for _ in range(STORED_ROUNDS):
                 step, offset = half(step), None if offset is None else half(offset)
                 levels = self.levels(step, offset)
                 sums = self.sums(levels)
@@ -312,7 +283,7 @@ class _Search:
     def _descend(self, found: Fitted) -> tuple[Fitted, torch.Tensor]:
         """Levels, integers, d and dmin in turn; the best of all steps, and its error [blocks, rows]."""
         best, least = found, torch.full_like(found.d, float("inf"))
-        for _ in range(ROUNDS):
+        for _ in range(STORED_ROUNDS):
             step, offset = found.steps(), found.offsets()
             levels = self.levels(step, offset)
             sums = self.sums(levels)
@@ -363,16 +334,17 @@ class _Search:
         )
 
 
-# By how many steps more than there are levels a range is cut to begin with, by bits: the largest values are
-# then cut off.
+# By bits: by how many steps more than there are levels a range is cut to begin with, the largest values being cut off
+# then, and how many such numbers of steps are tried.
 CLIPPED = {2: 4.0, 3: 5.0, 4: 5.0, 5: 4.0, 6: 2.0, 8: 2.0}
+STARTS = {2: 12, 3: 6, 4: 6, 5: 6, 6: 6, 8: 6}
 
 
-def _counts(levels: int, beyond: float, count: int = 12) -> list[float]:
-    """Numbers of steps that a range is cut into to begin with: from one less than there are to some more, and last as
-    many as there are."""
-    first = levels - 1
-    return [*(first + (1 + beyond) * i / (count - 1) for i in range(count)), levels]
+def _counts(levels: int, bits: int, share: float = 1.0) -> list[float]:
+    """Numbers of steps that a range is cut into to begin with: from one less than there are to ``share`` of the usual
+    ones more, and last as many as there are."""
+    first, count = levels - 1, STARTS[bits]
+    return [*(first + (1 + share * CLIPPED[bits]) * i / (count - 1) for i in range(count)), levels]
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:

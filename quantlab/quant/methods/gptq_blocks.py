@@ -18,13 +18,15 @@ not done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from quantlab.formats.gguf.encode import blocks_of, join
+from quantlab.formats.gguf.levels import Levels
 from quantlab.formats.gguf.pack import Blocks
-from quantlab.formats.gguf.scale_search import Fitted, fit, inverse, levels_of, nearest, positive
+from quantlab.formats.gguf.scale_search import SMALLEST, Fitted, fit, inverse, positive
 from quantlab.quant.block import BlockResult, BlockView
 from quantlab.quant.grid import Grid, layer_loss
 from quantlab.quant.methods.gptq import LEAF, TALL, ActOrder, Prepared, alike, halves, prepare, prepared_once
@@ -76,8 +78,15 @@ def solve_blocks(
     return join(found, dim=0)
 
 
-# Of one block, by group: what a level is worth, the inverse of that, what is taken off; float32 [groups, rows].
-_Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+class _Steps:
+    """The grid of one block. A group whose step is zero is solved in steps of 1 and only gets level 0."""
+
+    def __init__(self, fitted: Fitted) -> None:
+        steps = fitted.steps()  # [groups, rows]
+        none = steps.abs() < SMALLEST
+        self.fitted, self.offsets = fitted, fitted.offsets()
+        self.steps = steps.masked_fill(none, 1.0)
+        self.live = ~none if none.any() else None
 
 
 class _Solver:
@@ -88,14 +97,16 @@ class _Solver:
         whole = weight.to(torch.float32).t().contiguous()  # [in, rows]
         # Where a channel is dead any value is as good, and zero widens no range.
         whole = whole.masked_fill(prepared.dead[:, None], 0.0)
+        self.diagonal = torch.diagonal(prepared.factor)[:, None]
         importance = torch.empty(len(whole), device=weight.device)
-        importance[prepared.order] = torch.diagonal(prepared.factor) ** -2
+        importance[prepared.order] = self.diagonal[:, 0] ** -2
         self.importance = positive(importance.masked_fill(prepared.dead, 0.0))
         self.static = fit(whole, kind, self.importance) if static else None
         self.w = whole[prepared.order]
-        self.codes = torch.empty(whole.shape, dtype=torch.uint8, device=weight.device)
-        self.fitted: dict[int, Fitted] = {}  # by block
-        self.grids: dict[int, _Grid] = {}
+        self.order = prepared.order.tolist()
+        self.grid = Levels(kind, weight.device)
+        self.levels = torch.empty_like(self.w)  # in solving order
+        self.grids: dict[int, _Steps] = {}  # by block
 
     def run(self) -> Blocks:
         factor, w, block = self.prepared.factor, self.w, self.kind.block
@@ -112,42 +123,59 @@ class _Solver:
                     self._leaf(low, high, errors[low - start : high - start])
             if stop < columns:
                 w[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
+        codes = self.grid.codes(self.levels[torch.argsort(self.prepared.order)])
         parts = [
-            blocks_of(self.codes[number * block : (number + 1) * block], self.fitted[number], self.kind)
+            blocks_of(codes[number * block : (number + 1) * block], self.grids[number].fitted, self.kind)
             for number in range(columns // block)
         ]
         return join(parts, dim=1)
 
     def _leaf(self, low: int, high: int, errors: torch.Tensor) -> None:
-        """Columns ``low:high`` in solving order, one after the other; ``errors`` [high - low, rows] is filled."""
-        kind, factor, origin = self.kind, self.prepared.factor, self.prepared.order[low:high].tolist()
-        for j, column in enumerate(origin):
-            steps, inverses, offsets = self._grid(column // kind.block, low + j)
-            group = column % kind.block // kind.group
-            step, offset = steps[group], None if offsets is None else offsets[group]
-            value = self.w[low + j]
-            code = nearest(value, inverses[group], offset, kind)
-            rounded = levels_of(code, kind).mul(step)
-            if offset is not None:
-                rounded -= offset
-            self.codes[column] = code.to(torch.uint8)
-            torch.sub(value, rounded, out=errors[j]).div_(factor[low + j, low + j])
-            if low + j + 1 < high:
-                self.w[low + j + 1 : high].addr_(factor[low + j, low + j + 1 : high], errors[j], alpha=-1)
+        """Columns ``low:high`` in solving order; ``errors`` [high - low, rows] is filled. Columns of one group that
+        follow each other are divided by its step once."""
+        factor, w = self.prepared.factor, self.w
+        for start, stop in _runs([self.order[j] // self.kind.group for j in range(low, high)]):
+            first, last, inside = low + start, low + stop, errors[start:stop]
+            number, group = divmod(self.order[first] // self.kind.group, self.kind.block // self.kind.group)
+            grid = self._steps(number, first)
+            step, values = grid.steps[group], w[first:last]
+            if grid.offsets is not None:
+                values.add_(grid.offsets[group])
+            values.div_(step)
+            ratio = factor[first:last, first:last] / self.diagonal[first:last]
+            rows = zip(values.unbind(), self.levels[first:last].unbind(), inside.unbind(), strict=True)
+            for j, (value, level, error) in enumerate(rows, start=1):  # [rows]
+                level.copy_(self.grid.nearest(error.copy_(value)))
+                if grid.live is not None:
+                    level.mul_(grid.live[group])
+                torch.sub(value, level, out=error)
+                if first + j < last:
+                    values[j:].addr_(ratio[j - 1, j:], error, alpha=-1)
+            inside.mul_(step).div_(self.diagonal[first:last])
+            if last < high:
+                w[last:high].addmm_(factor[first:last, last:high].t(), inside, alpha=-1)
 
-    def _grid(self, number: int, position: int) -> _Grid:
+    def _steps(self, number: int, position: int) -> _Steps:
         """The grid of a block; at its first column, in solving order ``position``, it is searched."""
-        if number not in self.fitted:
+        if number not in self.grids:
             columns = slice(number * self.kind.block, (number + 1) * self.kind.block)
             if self.static is not None:
-                self.fitted[number] = self.static.block(number)
+                fitted = self.static.block(number)
             else:
                 order = self.prepared.order[position : position + self.kind.block]
                 corrected = self.w[position : position + self.kind.block][torch.argsort(order)]
-                self.fitted[number] = fit(corrected, self.kind, self.importance[columns])
-            steps = self.fitted[number].steps()
-            self.grids[number] = steps, inverse(steps), self.fitted[number].offsets()
+                fitted = fit(corrected, self.kind, self.importance[columns])
+            self.grids[number] = _Steps(fitted)
         return self.grids[number]
+
+
+def _runs(keys: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Start and end of each run of equal keys."""
+    start = 0
+    for _, run in itertools.groupby(keys):
+        stop = start + len(list(run))
+        yield start, stop
+        start = stop
 
 
 @torch.no_grad()
@@ -155,33 +183,43 @@ def descend(weight: torch.Tensor, hessian: torch.Tensor, solved: Blocks, span: i
     """One sweep of coordinate descent: every code in turn to the level that is best while all others stay, so that
     ``tr(E H E^T)`` never rises. The scales stay.
 
-    With E = Q - W the loss is quadratic in a column of Q, with its least at ``q_j - (E H)_j / H_jj``.
+    With E = Q - W the loss is quadratic in a column of Q, with its least at ``q_j - (E H)_j / H_jj``. A group is done
+    in steps of its grid.
     """
-    kind = solved.kind
-    steps, offsets = solved.steps().t().contiguous(), solved.offsets()
-    offsets, inverses = None if offsets is None else offsets.t().contiguous(), inverse(steps)
-    codes, values = solved.codes.t().contiguous(), solved.dequantize().t().contiguous()  # [in, rows]
-    errors = values - weight.to(torch.float32).t()
-    diagonal = torch.diagonal(hessian).tolist()
-    for start in range(0, len(codes), span):
-        stop = min(start + span, len(codes))
+    kind, grid = solved.kind, Levels(solved.kind, weight.device)
+    steps = solved.steps().t().contiguous()  # [groups, rows]
+    inverses = inverse(steps)
+    levels = grid.of(solved.codes.t().contiguous())  # [in, rows]
+    errors = solved.dequantize().t().contiguous() - weight.to(torch.float32).t()
+    curvature = torch.diagonal(hessian)
+    per_diagonal = torch.where(curvature > 0, 1.0 / curvature, 0.0)[
+        :, None
+    ]  # 0: a channel that never fired stays
+    for start in range(0, len(levels), span):
+        stop = min(start + span, len(levels))
         gradient = hessian[start:stop] @ errors  # [span, rows]
-        inside = hessian[start:stop, start:stop]
-        for j in range(start, stop):
-            if not diagonal[j] > 0:
-                continue
-            group = j // kind.group
-            step, offset = steps[group], None if offsets is None else offsets[group]
-            code = nearest(values[j] - gradient[j - start] / diagonal[j], inverses[group], offset, kind)
-            moved = levels_of(code, kind).mul(step)
-            if offset is not None:
-                moved -= offset
-            change = moved - values[j]
-            codes[j] = code.to(torch.uint8)
-            errors[j] += change
-            if j + 1 < stop:
-                gradient[j + 1 - start :].addr_(inside[j - start, j + 1 - start :], change)
-    return Blocks(kind, codes.t().contiguous(), solved.d, solved.dmin, solved.scales, solved.minima)
+        for low in range(start, stop, kind.group):
+            high, group = low + kind.group, low // kind.group
+            inside = hessian[low:high, low:high] * per_diagonal[low:high, 0]
+            best = (
+                levels[low:high]
+                - gradient[low - start : high - start] * per_diagonal[low:high] * inverses[group]
+            )
+            changes = torch.empty_like(best)
+            for j, (level, change) in enumerate(
+                zip(levels[low:high].unbind(), changes.unbind(), strict=True)
+            ):
+                moved = grid.nearest(change.copy_(best[j]))
+                torch.sub(moved, level, out=change)
+                level.add_(change)
+                if j + 1 < kind.group:
+                    best[j + 1 :].addr_(inside[j, j + 1 :], change, alpha=-1)
+            changes.mul_(steps[group])
+            errors[low:high] += changes
+            if high < stop:
+                gradient[high - start :].addmm_(hessian[high:stop, low:high], changes)
+    codes = grid.codes(levels).t().contiguous()
+    return Blocks(kind, codes, solved.d, solved.dmin, solved.scales, solved.minima)
 
 
 def quantize_block(
