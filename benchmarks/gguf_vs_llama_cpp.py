@@ -84,27 +84,23 @@ def gptq_alone(args: argparse.Namespace) -> float:
     return time.perf_counter() - started
 
 
-def fill_by_peer(kind: str, args: argparse.Namespace) -> tuple[Path, float]:
-    """llama.cpp's quantizer with the importance matrix that quantlab wrote: the file, and the seconds."""
+def quantize_by_peer(source: Path, out: Path, kind: str, imatrix: Path, threads: int) -> float:
+    """llama.cpp's quantizer with an importance matrix that quantlab wrote. Returns the seconds it took."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    params.nthread, params.allow_requantize = args.threads, True
-    matrix = read_imatrix(args.work / "imatrix.gguf")
+    params.nthread, params.allow_requantize = threads, True
+    matrix = read_imatrix(imatrix)
     entries = (llama_cpp.llama_model_imatrix_data * (len(matrix) + 1))()  # ends with a name that is null
     for entry, (name, values) in zip(entries, matrix.items(), strict=False):
         data = (ctypes.c_float * values.numel())(*values.flatten().tolist())
         entry.name, entry.data, entry.size = name.encode(), data, values.numel()
     params.imatrix = entries
-    out = args.work / f"{kind}-{PEER}.gguf"
     started = time.perf_counter()
-    failed = llama_cpp.llama_model_quantize(
-        str(args.source).encode(), str(out).encode(), ctypes.byref(params)
-    )
-    if failed:
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)):
         raise SystemExit(f"llama.cpp cannot write {kind}")
-    return out, time.perf_counter() - started
+    return time.perf_counter() - started
 
 
 def show(found: Mapping[str, Any]) -> str:
@@ -164,7 +160,10 @@ def main() -> None:
     )
     peers: dict[str, float] = {}
     for kind in args.types:
-        files[kind, PEER], peers[kind] = fill_by_peer(kind, args)
+        files[kind, PEER] = args.work / f"{kind}-{PEER}.gguf"
+        peers[kind] = quantize_by_peer(
+            args.source, files[kind, PEER], kind, args.work / "imatrix.gguf", args.threads
+        )
     original = load_model(args.model, device="cpu", dtype="float32")
     windows = make_windows(
         original.tokenizer, SEPARATOR.join(read_texts(str(args.text))), args.seq_len, args.test_tokens, "text"

@@ -121,11 +121,14 @@ def quantlab(spec: Spec, clock: Clock) -> None:
             raise RuntimeError(f"{job.name} was calibrated with other rows than the peers")
 
 
-def llmcompressor_gptq(spec: Spec, clock: Clock) -> None:
+def llmcompressor(spec: Spec, clock: Clock) -> None:
+    """llmcompressor's GPTQ, or its AWQ followed by rounding (``spec["method"]``)."""
     import_common()
     from datasets import Dataset
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
+    from llmcompressor.modifiers.quantization import QuantizationModifier  # type: ignore[import-not-found]
+    from llmcompressor.modifiers.transform.awq import AWQModifier  # type: ignore[import-not-found]
     from loguru import logger
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -142,13 +145,14 @@ def llmcompressor_gptq(spec: Spec, clock: Clock) -> None:
         "num_bits": spec["bits"], "type": "int", "symmetric": spec["symmetric"], "strategy": "group",
         "group_size": spec["group_size"],
     }  # fmt: skip
-    ordered = {"none": None, "static": "static", "group": "group"}[spec["act_order"]]
-    recipe = GPTQModifier(
-        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
-        ignore=["lm_head"],
-        dampening_frac=spec["damp"],
-        actorder=ordered,
-    )
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    if spec.get("method") == "awq":
+        recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+    else:
+        ordered = {"none": None, "static": "static", "group": "group"}[spec["act_order"]]
+        recipe = GPTQModifier(
+            config_groups=groups, ignore=["lm_head"], dampening_frac=spec["damp"], actorder=ordered
+        )
     oneshot(
         model=model, tokenizer=tokenizer, dataset=data, recipe=recipe, max_seq_length=rows.shape[1],
         num_calibration_samples=rows.shape[0], shuffle_calibration_samples=False,
@@ -227,7 +231,7 @@ def autoawq(spec: Spec, clock: Clock) -> None:
 
 TOOLS: dict[str, Callable[[Spec, Clock], None]] = {
     "quantlab": quantlab,
-    "llmcompressor": llmcompressor_gptq,
+    "llmcompressor": llmcompressor,
     "gptqmodel": gptqmodel,
     "autoawq": autoawq,
 }
