@@ -1,13 +1,15 @@
 """Kill `quantlab quantize` with -9 at random moments, resume, and compare every byte with an undisturbed run.
 
     python benchmarks/kill_and_resume.py [--kills 20] [--seed 0] [--model DIR] [--work DIR]
+    python benchmarks/kill_and_resume.py --model embedded:base --text FILE --recipe "gguf, gptq" --recipe ...
 
-Without --model a random Llama in several shards is built. For each recipe (GPTQ with original and with quantized
-propagation, AWQ, GPTQ with activations in files) one run is left alone; then runs are killed, the whole process group,
-at moments spread over the whole duration: imports, calibration, blocks, the rest, verification. Every third is killed a
-second time while it resumes. A run that has ended before its moment says so. Compared are the names of all files and
-their bytes; in quantlab.json everything but what is a measurement of this very run (seconds, memory). Prints a line a
-kill and exits with 1 if a byte differs.
+Without --model a random Llama in several shards is built; its tokenizer is none that a GGUF file can hold, so the GGUF
+recipes need a model with a text of its own. For each recipe (GPTQ with original and with quantized propagation, AWQ,
+GPTQ with activations in files; GGUF filled by GPTQ, with either propagation, and by the importance matrix) one run is
+left alone; then runs are killed, the whole process group, at moments spread over the whole duration: imports,
+calibration, blocks, the rest, verification. Every third is killed a second time while it resumes. A run that has ended
+before its moment says so. Compared are the names of all files and their bytes; in quantlab.json everything but what is
+a measurement of this very run (seconds, memory). Prints a line a kill and exits with 1 if a byte differs.
 """
 
 from __future__ import annotations
@@ -40,11 +42,17 @@ MEASURED = {
     "finished_at",
 }
 SHAPE = Shape(hidden=256, blocks=6, heads=4, kv_heads=2, ffn=512, vocab=1024, shard_bytes=2**21, outliers=4)
+GROUPED = ("--set", "group_size=64")
 RECIPES: dict[str, tuple[str, ...]] = {
-    "gptq, original": ("gptq-int4", "--set", "propagate=original"),
-    "gptq, quantized": ("gptq-int4", "--set", "propagate=quantized"),
-    "awq": ("awq-int4",),
-    "gptq, in files": ("gptq-int4", "--set", "propagate=quantized", "--memory-limit", "2GB"),
+    "gptq, original": ("gptq-int4", *GROUPED, "--set", "propagate=original"),
+    "gptq, quantized": ("gptq-int4", *GROUPED, "--set", "propagate=quantized"),
+    "awq": ("awq-int4", *GROUPED),
+    "gptq, in files": ("gptq-int4", *GROUPED, "--set", "propagate=quantized", "--memory-limit", "2GB"),
+}
+WITH_TEXT: dict[str, tuple[str, ...]] = {
+    "gguf, gptq": ("gguf-q4_k_m",),
+    "gguf, corrected": ("gguf-q3_k_m", "--set", "propagate=corrected"),
+    "gguf, imatrix": ("gguf-q4_k_m-imatrix",),
 }
 
 
@@ -65,9 +73,17 @@ def command(args: argparse.Namespace, recipe: str, out: Path, *, resume: bool = 
         f"calibration.rows={args.rows}",
         f"calibration.seq_len={args.seq_len}",
     ]
-    found = [sys.executable, "-m", "quantlab", "quantize", *RECIPES[recipe], "--model", str(args.model)]
+    found = [
+        sys.executable,
+        "-m",
+        "quantlab",
+        "quantize",
+        *(RECIPES | WITH_TEXT)[recipe],
+        "--model",
+        str(args.model),
+    ]
     found += ["--out", str(out), "--no-eval", "--device", "cpu"]
-    for one in [*sets, "group_size=64", "evaluate=[]"]:
+    for one in [*sets, "evaluate=[]"]:
         found += ["--set", one]
     return found + (["--resume"] if resume else [])
 
@@ -160,9 +176,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="a model in shards; default: a random Llama")
+    parser.add_argument("--model", help="a model in shards; default: a random Llama")
+    parser.add_argument("--text", type=Path, help="calibrates the model; default: random tokens")
     parser.add_argument("--kills", type=int, default=20, help="runs to kill, dealt out over the recipes")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), action="append", help="default: all")
+    parser.add_argument("--recipe", choices=sorted(RECIPES | WITH_TEXT), action="append")
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
@@ -171,15 +188,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as temporary:
         args.work = (args.work or Path(temporary)).absolute()
         args.work.mkdir(parents=True, exist_ok=True)
-        args.text = args.work / "calibration.txt"
         vocabulary = SHAPE.vocab
         if args.model is None:
             args.model = build(args.work / "model", SHAPE)
-        else:
-            vocabulary = json.loads((args.model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-        args.text.write_text(
-            text_of_rows(random_rows(vocabulary, args.rows + 1, args.seq_len)), encoding="utf-8"
-        )
+        elif args.text is None:
+            settings = json.loads(Path(args.model, "config.json").read_text(encoding="utf-8"))
+            vocabulary = settings["vocab_size"]
+        if args.text is None:
+            args.text = args.work / "calibration.txt"
+            random_text = text_of_rows(random_rows(vocabulary, args.rows + 1, args.seq_len))
+            args.text.write_text(random_text, encoding="utf-8")
         raise SystemExit(0 if all(killed.same for killed in everything(args)) else 1)
 
 
