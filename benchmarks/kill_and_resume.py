@@ -1,10 +1,10 @@
 """Kill `quantlab quantize` with -9 at random moments, resume, and compare every byte with an undisturbed run.
 
     python benchmarks/kill_and_resume.py [--kills 20] [--seed 0] [--model DIR] [--work DIR]
-    python benchmarks/kill_and_resume.py --model embedded:base --text FILE --recipe "gguf, gptq" --recipe ...
+    python benchmarks/kill_and_resume.py --text calib/general.jsonl --recipe "gguf, gptq" --recipe "gguf, corrected"
 
-Without --model a random Llama in several shards is built; its tokenizer is none that a GGUF file can hold, so the GGUF
-recipes need a model with a text of its own. For each recipe (GPTQ with original and with quantized propagation, AWQ,
+Without --model a random Llama in several shards is built. With a text its tokenizer knows bytes, with random tokens one
+word a token, which no GGUF file can hold. For each recipe (GPTQ with original and with quantized propagation, AWQ,
 GPTQ with activations in files; GGUF filled by GPTQ, with either propagation, and by the importance matrix) one run is
 left alone; then runs are killed, the whole process group, at moments spread over the whole duration: imports,
 calibration, blocks, the rest, verification. Every third is killed a second time while it resumes. A run that has ended
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from random_llama import Shape, build, random_rows, text_of_rows
+from random_llama import Shape, build, random_rows, text_of_rows, write_byte_tokenizer
 
 MEASURED = {
     "seconds",
@@ -177,7 +177,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a model in shards; default: a random Llama")
-    parser.add_argument("--text", type=Path, help="calibrates the model; default: random tokens")
+    parser.add_argument("--text", type=Path, help="for calibration; default: random tokens")
     parser.add_argument("--kills", type=int, default=20, help="runs to kill, dealt out over the recipes")
     parser.add_argument("--recipe", choices=sorted(RECIPES | WITH_TEXT), action="append")
     parser.add_argument("--rows", type=int, default=24)
@@ -191,6 +191,8 @@ def main() -> None:
         vocabulary = SHAPE.vocab
         if args.model is None:
             args.model = build(args.work / "model", SHAPE)
+            if args.text is not None:
+                write_byte_tokenizer(args.model)
         elif args.text is None:
             settings = json.loads(Path(args.model, "config.json").read_text(encoding="utf-8"))
             vocabulary = settings["vocab_size"]

@@ -185,6 +185,23 @@ def write_tokenizer(out: Path, vocab: int) -> None:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIAL))
+    _save_tokenizer(out, tokenizer)
+
+
+def write_byte_tokenizer(out: Path) -> None:
+    """GPT-2's way to cut text and its alphabet of bytes, without merges: one that a GGUF file can hold."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {word: i for i, word in enumerate([*SPECIAL, *letters])}
+    tokenizer = Tokenizer(models.BPE(ids, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    _save_tokenizer(out, tokenizer)
+
+
+def _save_tokenizer(out: Path, tokenizer: Any) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>",
