@@ -5,8 +5,8 @@
 
 One run of `quantlab quantize` writes a file of each type, by rounding. Each is then read three ways: by quantlab (every
 tensor decoded, transformers computes in float32), by transformers' own reader of GGUF files, and by llama.cpp. A row
-has the perplexity of quantlab's and of llama.cpp's reading on the same windows, the relative error of the logits, of how
-many of 20 prompts the greedy continuations are the same (and how many tokens are, on average, before they part), and
+has the perplexity of quantlab's and of llama.cpp's reading on the same windows, the relative error of the logits, of
+how many of 20 prompts the greedy continuations are the same (and how many tokens are, on average), and
 the largest difference that transformers' reading makes to a weight.
 
 llama.cpp multiplies with activations rounded to 8 bits in blocks (Q8_0, Q8_1 and Q8_K of ggml; keys and values in
