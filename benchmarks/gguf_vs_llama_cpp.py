@@ -28,7 +28,7 @@ from peers import machine
 
 from quantlab.calibration.documents import SEPARATOR, read_texts
 from quantlab.evals.windows import make_windows
-from quantlab.formats.gguf.imatrix import read_imatrix
+from quantlab.models.gguf.imatrix import read_imatrix
 from quantlab.models.load import load_model, quiet_libraries
 from quantlab.paths import atomic_write_text
 from quantlab.progress import Silent

@@ -9,6 +9,7 @@ speed           a prompt and an answer that fit the positions
 format          the method's own where transformers reads that right for the architecture, else one that it does:
                 compressed-tensors for a mixture of experts, gptq for layers that are kept transposed; experts that it
                 reads packed in none are ignored
+imatrix         the digest of its file
 group size      with `auto`: the one that fits every layer; left at `auto` where layers differ or some fit none
 
 The settled recipe is the one that is digested, stored and measured, so that a result names what it was made with.
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from quantlab.calibration.importance import imatrix_digest
 from quantlab.models.provenance import is_embedded
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.recipe.base import BaseRecipe
@@ -123,6 +125,8 @@ def _open_keys(recipe: BaseRecipe, files: ModelFiles) -> Iterator[tuple[str, Any
     if is_embedded(files):
         for key in _text_keys(recipe):
             yield key, EMBEDDED_CALIBRATION if key == "calibration.source" else EMBEDDED_TEXT
+    if isinstance(recipe, QuantizeRecipe) and (file := recipe.imatrix_file) is not None:
+        yield "calibration.imatrix_digest", imatrix_digest(file)
     longest = files.positions
     if longest is not None and SHORTEST <= longest < WINDOW:
         yield from ((f"{key.rpartition('.')[0]}.seq_len", longest) for key in _text_keys(recipe))

@@ -108,4 +108,5 @@ def _by_default(name: str, files: ModelFiles, trust_remote_code: bool) -> str:
     except QuantlabError as error:
         return f"no: {str(error).removeprefix(f'{files.name}: ')}"
     ignored = ", experts stay in 16 bits" if recipe.ignore else ""
-    return f"{recipe.format}{ignored}"
+    instead = ", calibrated on a text, or by calibration.imatrix: FILE" if METHODS[name].diagonal else ""
+    return f"{recipe.format}{ignored}{instead}"

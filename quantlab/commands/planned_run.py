@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from quantlab import __version__
 from quantlab.calibration.documents import identities, read_documents, read_texts
-from quantlab.errors import RecipeError
+from quantlab.calibration.importance import imatrix_digest
+from quantlab.errors import DataError, RecipeError
 from quantlab.models.provenance import provenance
 from quantlab.models.refusals import refuse_unusable
 from quantlab.models.safetensors.files import DTYPE_BYTES, PLAIN_BYTES, ModelFiles, open_files
@@ -97,8 +98,8 @@ def plan_work(
     tasks = recipe.evaluate if measured else []
     data = {task: digest for task in tasks if (digest := data_digest(recipe, task))}
     sources = [f"{task}={digest}" for task, digest in sorted(data.items())]
-    if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
-        sources.append("calibration=" + calibration_digest(recipe.calibration))
+    if isinstance(recipe, QuantizeRecipe) and (digest := looked_at(recipe)):
+        sources.append("calibration=" + digest)
     short = short_hash([recipe.digest(), files.digest, *sources, *decides])[:8]
     row = {
         "run_id": f"{slug(model)}-{slug(name)}-{short}",
@@ -116,8 +117,22 @@ def check_data(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -> N
     check_lengths(recipe, files, measured=measured)
     for task in recipe.evaluate if measured else []:
         data_digest(recipe, task)
-    if isinstance(recipe, QuantizeRecipe) and recipe.needs_calibration:
-        calibration_digest(recipe.calibration)
+    if isinstance(recipe, QuantizeRecipe):
+        looked_at(recipe)
+
+
+def looked_at(recipe: QuantizeRecipe) -> str:
+    """Digest of what a recipe is calibrated on, text or importance matrix; "" where that is nothing. DataError for data
+    that is bad, or that is not what the recipe names."""
+    if (file := recipe.imatrix_file) is not None:
+        found, wanted = imatrix_digest(file), recipe.calibration.imatrix_digest
+        if wanted is not None and found != wanted:
+            raise DataError(
+                f"{file} is another importance matrix than the recipe's: its digest is {found}, not {wanted}",
+                hint="give the file that the recipe was made for, or leave calibration.imatrix_digest out",
+            )
+        return found
+    return calibration_digest(recipe.calibration) if recipe.needs_calibration else ""
 
 
 def check_lengths(recipe: Recipe, files: ModelFiles, *, measured: bool = True) -> None:

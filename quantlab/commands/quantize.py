@@ -372,10 +372,13 @@ def _readers(item: Item) -> Readers:
 
 
 def calibration_name(made: Mapping[str, Any]) -> str | None:
-    """The text that a checkpoint was calibrated on, by source, size and content; None without one."""
+    """The text that a checkpoint was calibrated on, by source, size and content, or the importance matrix in its place;
+    None without one."""
     found = made.get("calibration")
     if not found:
         return None
+    if "imatrix" in found:
+        return f"{found['imatrix']}#{found['digest'][:8]}"
     return f"{found['source']} {found['rows']}x{found['seq_len']}#{found['digest'][:8]}"
 
 

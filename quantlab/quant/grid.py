@@ -164,6 +164,9 @@ def nearest_values(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 
 def layer_loss(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Mean squared output error a token of ``approximation`` for ``weight`` (both [out, in]): tr(E H E^T)
-    with H = X^T X / n [in, in], that is ``mean_n |x_n E^T|^2``. Scalar."""
+    with H = X^T X / n [in, in], that is ``mean_n |x_n E^T|^2``. Scalar. Of an H that is its diagonal alone, [in], what
+    the products of different channels add is left out."""
     error = weight - approximation
+    if hessian.dim() == 1:
+        return error.square().sum(dim=0) @ hessian
     return ((error @ hessian) * error).sum()

@@ -60,12 +60,21 @@ def mirror(hessian: torch.Tensor) -> None:
 @dataclass
 class InputHessian:
     """Statistics of one input. ``layers`` are the linears that share it; ``tokens`` how many were seen. Sums until
-    :meth:`finish`, means after."""
+    :meth:`finish`, means after. ``squares``: the diagonal's sums, once it is finished: a mean times the tokens need not
+    be the sum again."""
 
     layers: list[str]
-    hessian: torch.Tensor  # float32 [in, in]; only its lower half until finished
+    hessian: (
+        torch.Tensor
+    )  # float32 [in, in]; only its lower half until finished. [in] where it is the diagonal alone
     magnitude: torch.Tensor  # float32 [in]
     tokens: int = 0
+    squares: torch.Tensor | None = None  # float32 [in]
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """Mean squared activations, float32 [in]."""
+        return self.hessian if self.hessian.dim() == 1 else torch.diagonal(self.hessian)
 
     @classmethod
     def empty(cls, layer: str, size: int, device: torch.device | str = "cpu") -> InputHessian:
@@ -84,6 +93,7 @@ class InputHessian:
 
     def finish(self) -> InputHessian:
         """Turn sums into means and fill the upper half, once."""
+        self.squares = self.diagonal.clone()
         if self.tokens:
             self.hessian /= self.tokens
             self.magnitude /= self.tokens
@@ -107,12 +117,13 @@ def fill_up(moments: Sequence[InputHessian]) -> dict[str, int]:
         if "experts" in one.layers[0].split("."):
             kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", "." + one.layers[0]), []).append(one)
     starved: dict[str, int] = {}
-    for kin in kinds.values():
+    for several in kinds.values():
+        kin = sorted(several, key=lambda one: one.layers[0])  # sums depend on the order
         total, needed = sum(one.tokens for one in kin), kin[0].hessian.shape[0]
         few = [one for one in kin if one.tokens < needed]
         if not few or not total:
             continue
-        mean = InputHessian.empty("", needed, kin[0].hessian.device)
+        mean = InputHessian([], torch.zeros_like(kin[0].hessian), torch.zeros_like(kin[0].magnitude))
         for one in kin:
             mean.hessian.add_(one.hessian, alpha=one.tokens / total)
             mean.magnitude.add_(one.magnitude, alpha=one.tokens / total)

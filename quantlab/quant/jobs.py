@@ -50,7 +50,7 @@ def check(
     Raises:
         RecipeError: as :func:`quantlab.quant.selection.select`.
         DataError: the model's files are bad, it is of a kind that cannot be used (see ``models.refusals``), or it is
-            quantized already. MachineError: too little disk.
+            quantized already; an importance matrix is damaged or lacks a layer. MachineError: too little disk.
     """
     files = model if isinstance(model, ModelFiles) else open_files(model)
     refuse_unusable(files)
@@ -66,6 +66,10 @@ def check(
         from quantlab.quant.block_selection import file_bytes
 
         file_bytes(recipe, files, chosen, "F16")  # for what it refuses of configuration and tokenizer
+    if recipe.imatrix_file is not None:
+        from quantlab.quant.imatrix_store import Importance
+
+        Importance.open(recipe.imatrix_file, chosen.widths, files)
 
 
 def selection(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool = False) -> Selection:
@@ -87,7 +91,13 @@ def described(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool
     if recipe.method == "none":
         return []
     chosen, layers = selection(recipe, files, trust_remote_code), layers_of(files, trust_remote_code)
-    return summary(chosen, layers, files.params)
+    said = summary(chosen, layers, files.params)
+    if recipe.imatrix_file is not None:
+        from quantlab.quant.imatrix_store import Importance, in_words
+
+        held = Importance.open(recipe.imatrix_file, chosen.widths, files)
+        said.append(f"no calibration pass: {in_words(held.record(recipe.imatrix_file))}")
+    return said
 
 
 def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
@@ -106,7 +116,8 @@ def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
 def group_key(recipe: QuantizeRecipe) -> tuple[str, str]:
     """(calibration, dtype): recipes with equal keys can share one pass through the model. The calibration is empty
     where a method does without."""
-    return recipe.calibration.model_dump_json() if recipe.needs_calibration else "", recipe.dtype
+    looks = recipe.needs_calibration or recipe.imatrix_file is not None
+    return recipe.calibration.model_dump_json() if looks else "", recipe.dtype
 
 
 def _check_disk(recipe: QuantizeRecipe, out: Path, files: ModelFiles) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from quantlab.models.blockwise import BlockwiseModel
     from quantlab.models.safetensors.files import TensorInfo
-    from quantlab.quant.imatrix_store import ImatrixStore
+    from quantlab.quant.imatrix_store import ImatrixStore, Importance
     from quantlab.quant.mixed_precision.choose import Choice
     from quantlab.quant.sequential import Plan, SequentialPass
     from quantlab.quant.verify.reference_logits import ReferencePass
@@ -131,6 +131,11 @@ def _groups(jobs: Sequence[Job], settings: Settings) -> list[list[int]]:
     for i, job in enumerate(jobs):
         if METHODS[job.recipe.method].solve:
             groups.setdefault(group_key(job.recipe), []).append(i)
+        if job.recipe.imatrix_file is not None and (settings.save_statistics or settings.statistics):
+            raise RecipeError(
+                f"{job.name}: calibration.imatrix is solved from the importance matrix, not from Hessians",
+                hint="leave --statistics and --save-statistics out",
+            )
     # Recipes without a need for data ride along with the first group that has one.
     for key in [key for key in groups if not key[0]]:
         other = next((other for other in groups if other[0] and other[1] == key[1]), None)
@@ -198,6 +203,7 @@ class _Group:
     settings: Settings
     progress: Progress
     probe: ReferencePass | None
+    importance: Importance | None = None  # in place of rows
     plans: list[list[Plan]] = field(default_factory=list)
     open_plans: dict[str, Plan] = field(default_factory=dict)  # of jobs that leave the widths open
 
@@ -270,7 +276,12 @@ def _prepare(
     if settings.verify:
         short = probe_rows(rows, int(opened.config.get_text_config().vocab_size))
         probe = ReferencePass(files, short, str(opened.device), plain_dtype(opened), trust)
-    group = _Group(jobs, files, opened, rows, calibration, settings, progress, probe)
+    importance = _importance(jobs, files, opened)
+    if importance is not None:
+        calibration = importance.record(
+            next(job.recipe.imatrix_file for job in jobs if job.recipe.imatrix_file)
+        )
+    group = _Group(jobs, files, opened, rows, calibration, settings, progress, probe, importance)
     made: dict[tuple[str, str], TensorInfo] = {}
     for job in jobs:
         plan = make_plan(job, files, opened, calibration, settings.resume)
@@ -282,6 +293,21 @@ def _prepare(
         else:
             group.plans.append([plan])
     return group
+
+
+def _importance(jobs: Sequence[Job], files: ModelFiles, opened: BlockwiseModel) -> Importance | None:
+    """The importance matrix that the jobs of a group are solved from, if they are."""
+    from quantlab.quant.imatrix_store import Importance
+    from quantlab.quant.jobs import selection
+
+    having = [job.recipe for job in jobs if job.recipe.imatrix_file is not None]
+    if not having:
+        return None
+    assert having[0].imatrix_file is not None
+    wanted = {name for recipe in having for name in selection(recipe, files).widths}
+    found = Importance.open(having[0].imatrix_file, sorted(wanted), files)
+    found.opened = opened
+    return found
 
 
 def _outside_the_blocks(
@@ -326,6 +352,7 @@ def _forecasts(group: _Group) -> list[dict[str, Any]]:
 def _solve(group: _Group) -> SequentialPass:
     """Solve every plan, block by block."""
     from quantlab.calibration.mixture import notes
+    from quantlab.quant.imatrix_store import in_words
     from quantlab.quant.sequential import quantize_blocks
 
     progress = group.progress
@@ -336,6 +363,8 @@ def _solve(group: _Group) -> SequentialPass:
         progress.note(f"one calibration pass ({size}, {source}) {shared}")
         for line in notes(group.calibration):
             progress.note(line)
+    if group.importance is not None:
+        progress.note(f"no calibration pass: {in_words(group.calibration)}")
     walk = _open_walk(group, [plan for several in group.plans for plan in several])
     try:
         quantize_blocks(group.opened, walk, progress)
@@ -356,12 +385,13 @@ def _solve(group: _Group) -> SequentialPass:
 
 def _open_walk(group: _Group, plans: Sequence[Plan]) -> SequentialPass:
     from quantlab.quant.hessian_store import StatisticsStore
-    from quantlab.quant.imatrix_store import Keep, KeepBoth
+    from quantlab.quant.imatrix_store import Keep, KeepBoth, Statistics
     from quantlab.quant.sequential import open_pass
 
     key = {"model": group.files.digest, "calibration": str(group.calibration.get("digest", ""))}
     blocks, settings = len(group.opened.blocks), group.settings
-    reuse, keeps = None, list[Keep]()
+    reuse: Statistics | None = group.importance
+    keeps = list[Keep]()
     if settings.save_statistics is not None:
         keeps.append(StatisticsStore.make(settings.save_statistics, blocks, key))
     if (imatrix := _imatrix(group, plans[0])) is not None:

@@ -49,8 +49,7 @@ from quantlab.quant.drift import (
 )
 from quantlab.quant.grid import Grid, Quantized
 from quantlab.quant.hessian import Collector, InputHessian, StopForward, fill_up
-from quantlab.quant.hessian_store import StatisticsStore
-from quantlab.quant.imatrix_store import Keep
+from quantlab.quant.imatrix_store import Keep, Statistics
 from quantlab.quant.selection import Selection
 from quantlab.quant.verify.reference_logits import ReferencePass
 from quantlab.registry import load
@@ -124,7 +123,7 @@ class SequentialPass:
     structures: KnownFolds | None = None
     probe: ReferencePass | None = None
     keep: Keep | None = None
-    reuse: StatisticsStore | None = None
+    reuse: Statistics | None = None
     tight: bool = False
 
 
@@ -137,7 +136,7 @@ def open_pass(
     key: Mapping[str, str] | None = None,
     probe: ReferencePass | None = None,
     keep: Keep | None = None,
-    reuse: StatisticsStore | None = None,
+    reuse: Statistics | None = None,
 ) -> SequentialPass:
     """Run everything before the first block, for every stream that the plans need.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
@@ -55,7 +56,8 @@ Sources = Annotated[_Name | _Several, Discriminator(_one_or_several)]
 
 
 class Calibration(Strict):
-    """Texts that the Hessians are gathered from: `rows` windows of `seq_len` tokens drawn with `seed`."""
+    """Texts that the Hessians are gathered from: `rows` windows of `seq_len` tokens drawn with `seed`. Or, for a method
+    that looks at no more, an importance matrix that was gathered before."""
 
     source: Sources = Field(
         default=GENERAL_CALIBRATION,
@@ -72,6 +74,16 @@ class Calibration(Strict):
     special_tokens: bool = Field(
         default=False, description="a row begins with what the tokenizer puts before a text (bos)"
     )
+    imatrix: str | None = Field(
+        default=None,
+        description="method imatrix: a file with llama.cpp's importance matrix (its GGUF form or .dat), in place of a "
+        "text; nothing is calibrated then",
+    )
+    imatrix_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = Field(
+        default=None,
+        description="with `imatrix`: 16 hexadecimal digits of the file's SHA-256; a run fills it in, and refuses "
+        "another file",
+    )
 
     @field_validator("source", mode="after")
     @classmethod
@@ -79,6 +91,23 @@ class Calibration(Strict):
         if isinstance(value, list) and len(value) == 1:
             return value[0] if isinstance(value[0], str) else value[0].source
         return value
+
+    @model_validator(mode="after")
+    def _text_or_imatrix(self) -> Calibration:
+        if self.imatrix is None and self.imatrix_digest is not None:
+            raise ValueError("@imatrix_digest: goes with imatrix")
+        others = [key for key in differences(self) if not key.startswith("imatrix")]
+        if self.imatrix is not None and others:
+            raise ValueError(
+                f"@{others[0]}: is for calibration on a text, in place of which there is an imatrix; leave one of "
+                "them out"
+            )
+        return self
+
+    @property
+    def imatrix_file(self) -> Path | None:
+        """The importance matrix, where one is given."""
+        return None if self.imatrix is None else Path(self.imatrix).expanduser()
 
     @model_validator(mode="after")
     def _every_source_gives_rows(self) -> Calibration:

@@ -7,6 +7,7 @@ round-to-nearest was written in the belief that it does something. What methods 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import regex
@@ -173,6 +174,8 @@ class _QuantizeRecipe(BaseRecipe):
             return self
         if self.propagate == "corrected":
             self._can_be_corrected()
+        if self.calibration.imatrix is not None:
+            self._imatrix_is_enough()
         if self.format in OF_BLOCKS:
             self._blocks_hold_it()
             return self
@@ -248,6 +251,20 @@ class _QuantizeRecipe(BaseRecipe):
                 "that fit those of one: expected original or quantized"
             )
 
+    def _imatrix_is_enough(self) -> None:
+        """An importance matrix says of every input channel how large it is, and no more."""
+        if not METHODS[self.method].diagonal:
+            others = " or ".join(name for name, method in METHODS.items() if method.diagonal)
+            raise ValueError(
+                f"@calibration.imatrix: {self.method} needs all second moments of the inputs, an importance matrix "
+                f"holds their diagonal alone: set method: {others}, or calibrate on a text"
+            )
+        if self.propagate != "original":
+            raise ValueError(
+                "@propagate: an importance matrix is of the original's inputs, and no text is run through the model: "
+                "expected original"
+            )
+
     def _patterns_compile(self) -> None:
         for key, patterns in (("ignore", self.ignore), ("overrides", [*self.overrides])):
             for pattern in patterns:
@@ -319,6 +336,8 @@ class _QuantizeRecipe(BaseRecipe):
         `group_size: auto` is left out as the default is: where both can be applied to a model they do the same, and
         where they do not, auto is settled to another number or 128 is refused."""
         found = super().decides()
+        if (calibration := found.get("calibration", {})).get("imatrix_digest"):
+            calibration.pop("imatrix")  # the content decides, wherever it lies
         for key, option in METHODS[self.method].options.model_fields.items():
             found.pop(key, None)
             if (value := getattr(self, key)) != option.default:
@@ -342,7 +361,13 @@ class _QuantizeRecipe(BaseRecipe):
 
     @property
     def needs_calibration(self) -> bool:
-        return METHODS[self.method].calibrated
+        """Whether text is run through the model."""
+        return METHODS[self.method].calibrated and self.calibration.imatrix is None
+
+    @property
+    def imatrix_file(self) -> Path | None:
+        """The importance matrix that the method takes in place of a text."""
+        return self.calibration.imatrix_file if METHODS[self.method].calibrated else None
 
 
 def usable(override: str, method: str) -> bool:

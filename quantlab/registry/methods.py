@@ -106,6 +106,7 @@ class Method:
     needs: "hessian": second moments of every linear's input; "inputs": the block's inputs, and to run the block with
         trial weights (``BlockView.inputs``, ``BlockView.run``); "folds": which scales can be moved between layers.
     floating: codes are 8-bit floating point numbers.
+    diagonal: of the second moments it looks at the diagonal alone, which is what an importance matrix holds.
     requires: modules that must import for the method to run.
     cost: what solving takes, from (inputs, rows) of each set of linears that share an input, its options and how many
         widths are solved.
@@ -122,6 +123,7 @@ class Method:
     symmetric: bool = True
     needs: frozenset[Need] = frozenset()
     floating: bool = False
+    diagonal: bool = False
     requires: tuple[str, ...] = ("torch", "transformers")
     cost: Callable[[Layers, Mapping[str, Any], int], Cost] = lambda layers, options, widths: Cost(0, 12)
     colour: str = "#8e44ad"
@@ -210,6 +212,7 @@ METHODS: dict[str, Method] = {
         blocks="quantlab.quant.methods.rtn_blocks:quantize_block_by_importance",
         formats=("gguf",),
         needs=frozenset({"hessian"}),
+        diagonal=True,
         cost=lambda layers, options, widths: Cost(0, 300 * widths),
         colour="#b9770e",
     ),

@@ -53,7 +53,9 @@ def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
     if made.get("calibration"):
         calibration = made["calibration"]
         parts.append(
-            f"Calibrated on {calibration.get('rows')} rows of {calibration.get('seq_len')} tokens of "
+            f"Filled by the importance matrix `{calibration['imatrix']}` (digest `{calibration['digest']}`)."
+            if "imatrix" in calibration
+            else f"Calibrated on {calibration.get('rows')} rows of {calibration.get('seq_len')} tokens of "
             f"`{calibration.get('source')}` (digest `{calibration.get('digest')}`)."
         )
     if made.get("kept"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quantlab.errors import DataError, RecipeError
-from quantlab.formats.gguf.imatrix import read_imatrix
+from quantlab.models.gguf.imatrix import read_imatrix
 from quantlab.models.safetensors.files import open_files
 from quantlab.progress import Silent
 from quantlab.quant.checkpoint import CheckpointWriter
@@ -190,7 +190,7 @@ def test_damaged_importance_matrices_are_refused(damage: str, tmp_path: Path) ->
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="damaged|no sums"):
+    with pytest.raises(DataError, match="damaged|no sums"):
         read_imatrix(tmp_path / "i.gguf")
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from quantlab.formats.gguf.encode import encode
 from quantlab.quant.block import BlockResult, BlockView
 from quantlab.quant.grid import Grid, layer_loss
@@ -28,13 +26,15 @@ def quantize_block_by_importance(block: BlockView, grids: Sequence[Mapping[str, 
 
 def _rounded(block: BlockView, grids: Sequence[Mapping[str, Grid]], *, weighted: bool) -> list[BlockResult]:
     results = [BlockResult() for _ in grids]
-    hessians = {name: m.hessian for m in block.moments if m.tokens for name in m.layers}
+    known = {name: moments for moments in block.moments if moments.tokens for name in moments.layers}
     for name in block.stored:
-        weight, hessian = block.weight(name), hessians.get(name)
-        importance = torch.diagonal(hessian) if weighted and hessian is not None else None
+        weight, moments = block.weight(name), known.get(name)
+        importance = moments.diagonal if weighted and moments is not None else None
         for kind in dict.fromkeys(chosen[name].type for chosen in grids if name in chosen):
             solved = encode(weight, BLOCK_TYPES[kind], importance)
-            loss = None if hessian is None else layer_loss(weight, solved.dequantize(), hessian).item()
+            loss = (
+                None if moments is None else layer_loss(weight, solved.dequantize(), moments.hessian).item()
+            )
             for chosen, result in zip(grids, results, strict=True):
                 if name in chosen and chosen[name].type == kind:
                     result.quantized[name] = solved
