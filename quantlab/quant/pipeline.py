@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 
     from quantlab.models.blockwise import BlockwiseModel
     from quantlab.models.safetensors.files import TensorInfo
-    from quantlab.quant.imatrix_store import ImatrixStore, Importance
+    from quantlab.quant.imatrix_store import ImatrixStore, Importance, Statistics
     from quantlab.quant.mixed_precision.choose import Choice
+    from quantlab.quant.mixed_precision.choose_types import TypeChoice
+    from quantlab.quant.mixed_precision.type_costs import Diagonals
     from quantlab.quant.sequential import Plan, SequentialPass
     from quantlab.quant.verify.reference_logits import ReferencePass
     from quantlab.quant.verify.reload import FreshProcess, Verification
@@ -206,6 +208,10 @@ class _Group:
     importance: Importance | None = None  # in place of rows
     plans: list[list[Plan]] = field(default_factory=list)
     open_plans: dict[str, Plan] = field(default_factory=dict)  # of jobs that leave the widths open
+    types: dict[str, TypeChoice] = field(default_factory=dict)  # of jobs that leave the block types open
+    diagonals: Diagonals | None = (
+        None  # of a pass that was made to choose them, where that is all that is needed
+    )
 
     @property
     def sharing(self) -> list[str]:
@@ -283,11 +289,12 @@ def _prepare(
         )
     group = _Group(jobs, files, opened, rows, calibration, settings, progress, probe, importance)
     made: dict[tuple[str, str], TensorInfo] = {}
-    for job in jobs:
-        plan = make_plan(job, files, opened, calibration, settings.resume)
+    planned = [make_plan(job, files, opened, calibration, settings.resume) for job in jobs]
+    _choose_types(group, planned)
+    for job, plan in zip(jobs, planned, strict=True):
         if FORMATS[job.recipe.format].types:
             plan.outside = _outside_the_blocks(job, files, plan, made, progress)
-        if job.recipe.bits == "auto":
+        if job.recipe.opens_widths:
             group.open_plans[job.name] = plan
             group.plans.append(width_plans(plan, job.recipe.widths, resume=settings.resume))
         else:
@@ -310,6 +317,50 @@ def _importance(jobs: Sequence[Job], files: ModelFiles, opened: BlockwiseModel) 
     return found
 
 
+def _choose_types(group: _Group, plans: Sequence[Plan]) -> None:
+    """Choose the block types of the jobs that leave them open, all from one pass over the calibration rows, and put
+    them into their plans. A run that goes on finds its own."""
+    from quantlab.quant.mixed_precision.choose_types import put_types, table
+
+    pairs = [(job, plan) for job, plan in zip(group.jobs, plans, strict=True) if job.recipe.opens_types]
+    if not pairs:
+        return
+    assert group.rows is not None
+    choices, group.diagonals = put_types(
+        [(job.recipe, plan) for job, plan in pairs], group.opened, group.rows, group.progress,
+        spilled=group.settings.memory_limit is not None,
+        reuse=_kept_statistics(group), keeps=_diagonals_do(group),
+    )  # fmt: skip
+    for (job, _), choice in zip(pairs, choices, strict=True):
+        group.types[job.name] = choice
+        for line in table(choice.record()):
+            group.progress.note(f"{job.name}: {line}")
+
+
+def _diagonals_do(group: _Group) -> bool:
+    """Whether all jobs of a group can be solved from diagonals of second moments, and nobody wants more."""
+    recipes = [job.recipe for job in group.jobs]
+    keeps = group.settings.save_statistics or group.settings.save_imatrix or group.settings.statistics
+    return not keeps and all(
+        METHODS[one.method].diagonal and one.propagate == "original" and not one.overrides for one in recipes
+    )
+
+
+def _kept_statistics(group: _Group) -> Statistics | None:
+    """Statistics from an earlier run, if they are to be used."""
+    from quantlab.quant.hessian_store import StatisticsStore
+
+    folder = group.settings.statistics
+    if folder is None:
+        return group.importance
+    return StatisticsStore.open(folder, len(group.opened.blocks), _statistics_key(group))
+
+
+def _statistics_key(group: _Group) -> dict[str, str]:
+    """What statistics must have been gathered from to serve a group."""
+    return {"model": group.files.digest, "calibration": str(group.calibration.get("digest", ""))}
+
+
 def _outside_the_blocks(
     job: Job, files: ModelFiles, plan: Plan, made: dict[tuple[str, str], TensorInfo], progress: Progress
 ) -> dict[str, TensorInfo]:
@@ -317,10 +368,9 @@ def _outside_the_blocks(
     earlier job is copied; an interrupted run finds its own."""
     from quantlab.formats.gguf.encode import encode_rows
     from quantlab.models.safetensors.tensors import read_tensor
-    from quantlab.quant.block_selection import outside
     from quantlab.registry.block_types import BLOCK_TYPES
 
-    wanted = outside(job.recipe, files)
+    wanted = plan.selection.outside
     with progress.task(f"{job.name}: embedding and head", total=len(wanted)) as advance:
         packed: dict[str, torch.Tensor | TensorInfo] = {}
         if not plan.writer.has_outside():
@@ -385,20 +435,18 @@ def _solve(group: _Group) -> SequentialPass:
 
 def _open_walk(group: _Group, plans: Sequence[Plan]) -> SequentialPass:
     from quantlab.quant.hessian_store import StatisticsStore
-    from quantlab.quant.imatrix_store import Keep, KeepBoth, Statistics
+    from quantlab.quant.imatrix_store import Keep, KeepBoth
     from quantlab.quant.sequential import open_pass
 
-    key = {"model": group.files.digest, "calibration": str(group.calibration.get("digest", ""))}
+    key = _statistics_key(group)
     blocks, settings = len(group.opened.blocks), group.settings
-    reuse: Statistics | None = group.importance
+    reuse = group.diagonals or _kept_statistics(group)
     keeps = list[Keep]()
     if settings.save_statistics is not None:
         keeps.append(StatisticsStore.make(settings.save_statistics, blocks, key))
     if (imatrix := _imatrix(group, plans[0])) is not None:
         keeps.append(imatrix)
     keep = KeepBoth(keeps) if keeps else None
-    if settings.statistics is not None:
-        reuse = StatisticsStore.open(settings.statistics, blocks, key)
     spill = plans[0].writer.scratch / "activations" if settings.memory_limit else None
     return open_pass(
         group.opened, group.rows, plans, spill=spill, key=key, probe=group.probe, keep=keep, reuse=reuse
@@ -431,7 +479,7 @@ def _assemble_job(
     """The finished checkpoint of a job, still under its temporary name. ``common``: seconds that all jobs took
     together."""
     started, plan = time.perf_counter(), several[0]
-    choice = _choose_widths(group, job, several, walk) if job.recipe.bits == "auto" else None
+    choice = _choose_widths(group, job, several, walk) if job.recipe.opens_widths else None
     if choice is not None:
         plan = choice.plan
     assemble(plan, job, group.files, group.opened, choice.widths if choice else None)
@@ -444,6 +492,7 @@ def _assemble_job(
         dict(group.calibration),
         dict(sorted(plan.writer.losses.items())),
         choice.record() if choice else {},
+        group.types[job.name].record() if job.name in group.types else {},
     )
     return _Finished(outcome, plan)
 
@@ -486,6 +535,8 @@ def _verify_and_publish(
             record["starved_experts"] = dict(sorted(writer.starved.items()))
         if outcome.widths:
             record["widths"] = outcome.widths
+        if outcome.types:
+            record["types"] = outcome.types
         if found is not None:
             size = sum(file.stat().st_size for file in open_files(writer.finished).weight_files)
             took = actual(size, peak_resident() - before, outcome.seconds)

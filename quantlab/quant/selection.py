@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import regex
@@ -47,22 +47,28 @@ class Width(NamedTuple):
     type: str = ""
 
 
+class Open(NamedTuple):
+    """A matrix whose block type is still to be chosen: from which ``types``, fewest bits first, and its ``shape``."""
+
+    types: tuple[str, ...]
+    shape: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Selection:
     """``widths``: of the layers that are quantized, by name in the files. ``kept``: layers in the blocks that could be
-    and are not, and why."""
+    and are not, and why. In a format of block types, ``outside``: the types of the embedding and the head; ``open``:
+    the matrices whose type is still to be chosen, which have the smallest meanwhile."""
 
     widths: Mapping[str, Width] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, str] = field(default_factory=dict)
+    open: Mapping[str, Open] = field(default_factory=dict)
     unread: str = ""  # packed experts that transformers alone does not read: "merged" or "stacked"
 
     def at(self, bits: int) -> Selection:
         """The same layers, all at ``bits``."""
-        return Selection(
-            {name: width._replace(bits=bits) for name, width in self.widths.items()},
-            self.kept,
-            self.unread,
-        )
+        return replace(self, widths={name: width._replace(bits=bits) for name, width in self.widths.items()})
 
     def stored(self) -> dict[str, tuple[int, int]]:
         """Bits and group size of each layer."""
@@ -136,7 +142,7 @@ def select(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
         )
     packed = bool(layers.experts & widths.keys()) and not reads_experts(recipe.format, layers)
     unread = ("stacked" if layers.stacked else "merged") if packed else ""
-    return Selection(widths, {n: kept[n] for n in sorted(kept)}, unread)
+    return Selection(widths, {n: kept[n] for n in sorted(kept)}, unread=unread)
 
 
 def _by_library(recipe: QuantizeRecipe, layers: Layers, called: str) -> Selection:
@@ -164,7 +170,13 @@ def summary(chosen: Selection, layers: Layers, params: int) -> list[str]:
     how often. ``params``: of the whole model."""
     share = layers.weights(chosen.widths) / max(params, 1)
     sizes = ", ".join(f"groups of {size}" if size > 0 else "per channel" for size in chosen.sizes())
-    lines = [f"{len(chosen.widths)} layers are quantized ({sizes}), {share:.1%} of the parameters"]
+    grouped = "" if chosen.open else f" ({sizes})"
+    lines = [f"{len(chosen.widths)} layers are quantized{grouped}, {share:.1%} of the parameters"]
+    if chosen.open:
+        kinds = sorted({kind for one in chosen.open.values() for kind in one.types})
+        lines.append(
+            f"{len(chosen.open)} matrices get one of {', '.join(kinds)} each, chosen after the calibration pass"
+        )
     lines += [
         f"{name} stays in 16 bits ({count}): {why}" for (name, why), count in alike(chosen.kept).items()
     ]

@@ -24,8 +24,8 @@ from quantlab.recipe.base import BaseRecipe, Calibration
 from quantlab.registry.block_types import BLOCK_TYPES
 from quantlab.registry.formats import FORMATS, GROUP_SIZES, OF_BLOCKS, PACKING
 from quantlab.registry.methods import METHODS, Options
-from quantlab.registry.mixtures import TYPES, USUAL_TYPE, base_type
-from quantlab.registry.strict import Strict
+from quantlab.registry.mixtures import AUTO_TYPE, TYPES, USUAL_TYPE, base_type
+from quantlab.registry.strict import Size, Strict
 
 GROUPS = (-1, *GROUP_SIZES)
 _GRID = ("bits", "group_size", "symmetric", "format")
@@ -35,8 +35,9 @@ _KEYS: dict[str, frozenset[str]] = {
     | (frozenset() if method.fixed else frozenset({*_GRID, "overrides"}))
     | (frozenset({"ignore"}) if method.solve else frozenset())
     | (frozenset({"type"}) if method.blocks else frozenset())
+    | (frozenset({"size", "types"}) if method.blocks and method.calibrated else frozenset())
     | ({"calibration", "propagate"} if method.calibrated else frozenset())
-    | ({"target_bits"} if method.calibrated and method.solver(of_blocks=False) else frozenset())
+    | ({"target_bits"} if method.calibrated and (method.solve or method.blocks) else frozenset())
     for name, method in METHODS.items()
 }
 _METHOD_KEYS = frozenset().union(*_KEYS.values())
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
     from builtins import str as FormatName
     from builtins import str as MethodName
     from builtins import str as TypeName
+    from builtins import str as WishName
 else:
     MethodName, FormatName = Literal[tuple(METHODS)], Literal[tuple(FORMATS)]
-    TypeName = Literal[TYPES]
+    TypeName, WishName = Literal[TYPES], Literal[(*TYPES, AUTO_TYPE)]
 
 
 class Override(Strict):
@@ -69,7 +71,13 @@ class _QuantizeRecipe(BaseRecipe):
         description="width of a code; auto: a width for each layer, `target_bits` on average; gguf: as `type` says",
     )
     target_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
-        default=None, description="with `bits: auto`: average width over all weights"
+        default=None,
+        description="with `bits: auto`: average width over all weights; with `type: auto`: bits of storage, "
+        "scales and all",
+    )
+    size: Size | None = Field(
+        default=None,
+        description="with `type: auto`: the most bytes that the file may have, as 90MB or 1.5GiB",
     )
     group_size: int | Literal["auto"] = Field(
         default=128,
@@ -87,10 +95,14 @@ class _QuantizeRecipe(BaseRecipe):
     format: FormatName = Field(
         default="gptq", description="what the checkpoint is written in; left out: as the method has it"
     )
-    type: TypeName | None = Field(
+    type: WishName | None = Field(
         default=None,
-        description="with `format: gguf`: the block type of most matrices, or one of llama.cpp's mixtures; left out: "
-        "`Q4_K_M`",
+        description="with `format: gguf`: the block type of most matrices, or one of llama.cpp's mixtures; auto: a "
+        "type for each matrix, within `size` or `target_bits`; left out: `Q4_K_M`, or auto where one of these is there",
+    )
+    types: list[TypeName] = Field(
+        default_factory=list,
+        description="with `type: auto`: block types to choose from; left out: all that fit a matrix",
     )
     ignore: list[str] = Field(
         default_factory=list,
@@ -137,7 +149,8 @@ class _QuantizeRecipe(BaseRecipe):
             filled.setdefault(key, option.default)
         if fixed:
             return filled | fixed
-        if data.get("type") is not None and "format" not in data:
+        named = [key for key in ("type", "size", "types") if data.get(key)]
+        if named and "format" not in data and method.blocks:
             filled["format"] = OF_BLOCKS[0]
         if filled.get("format", method.formats[0]) in OF_BLOCKS:
             return cls._fill_by_type(filled)
@@ -156,6 +169,16 @@ class _QuantizeRecipe(BaseRecipe):
     def _fill_by_type(filled: dict[str, Any]) -> dict[str, Any]:
         """In a format of block types these say what a grid is; it may be repeated, not contradicted."""
         filled.setdefault("format", OF_BLOCKS[0])
+        open_keys = [filled.get("size"), filled.get("target_bits"), filled.get("types") or None]
+        if filled.get("bits") == "auto" or any(key is not None for key in open_keys):
+            filled["type"] = filled.get("type") or AUTO_TYPE
+        if filled.get("type") == AUTO_TYPE:
+            for key in ("bits", "group_size"):
+                if filled.setdefault(key, "auto") != "auto":
+                    raise ValueError(f"@{key}: type: auto chooses it with the type; leave the key out")
+            if not filled.setdefault("symmetric", True):
+                raise ValueError("@symmetric: type: auto chooses it with the type; leave the key out")
+            return filled
         filled["type"] = filled.get("type") or USUAL_TYPE
         kind = BLOCK_TYPES.get(base_type(str(filled.get("type"))))
         if kind is None:
@@ -179,10 +202,11 @@ class _QuantizeRecipe(BaseRecipe):
         if self.format in OF_BLOCKS:
             self._blocks_hold_it()
             return self
-        if self.type is not None:
-            raise ValueError(
-                f"@type: goes with format: {' or '.join(OF_BLOCKS)}, not with format: {self.format}"
-            )
+        for key in ("type", "size", "types"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"@{key}: goes with format: {' or '.join(OF_BLOCKS)}, not with format: {self.format}"
+                )
         if METHODS[name].solver(of_blocks=False) is None:
             raise ValueError(
                 f"@format: {name} is written as {' or '.join(METHODS[name].formats)}, not {self.format!r}"
@@ -229,14 +253,39 @@ class _QuantizeRecipe(BaseRecipe):
         if METHODS[self.method].blocks is None:
             others = [name for name, method in METHODS.items() if method.blocks]
             raise ValueError(f"@format: {self.method} does not round to block types; {', '.join(others)} do")
-        if self.target_bits is not None:
-            raise ValueError("@target_bits: goes with bits: auto, which block types do not have")
+        if self.type == AUTO_TYPE:
+            self._types_have_a_target()
+        for key in ("target_bits", "size", "types"):
+            if self.type != AUTO_TYPE and getattr(self, key):
+                raise ValueError(f"@{key}: goes with type: auto, not with type: {self.type}")
         if self.options().reorders:
             raise ValueError(
                 "@act_order: a GGUF file cannot store a column order; set act_order: group, or static_groups: true"
             )
         if "clip_search" in self.model_fields_set and self.clip_search:
             raise ValueError("@clip_search: block types have their scales searched anyway; leave the key out")
+
+    def _types_have_a_target(self) -> None:
+        """What types are chosen by, and within."""
+        if "size" not in _KEYS[self.method]:
+            raise ValueError(
+                f"@type: auto weighs the matrices on calibration data, which {self.method} does without; "
+                f"{_users('size')} have it"
+            )
+        if self.calibration.imatrix is not None:
+            raise ValueError(
+                "@calibration.imatrix: type: auto measures on a text what an error of each matrix costs, which an "
+                "importance matrix does not say: calibrate on a text"
+            )
+        if (self.size is None) == (self.target_bits is None):
+            raise ValueError(
+                "@size: type: auto needs the most bytes of the file, as 90MB, or target_bits, and not both"
+            )
+        mixed = [name for name in self.types if name not in BLOCK_TYPES or self.types.count(name) > 1]
+        if mixed:
+            raise ValueError(
+                f"@types: expected block types, each once ({', '.join(BLOCK_TYPES)}), not {mixed[0]}"
+            )
 
     def _can_be_corrected(self) -> None:
         """Layers are solved one after the other then."""
@@ -245,7 +294,7 @@ class _QuantizeRecipe(BaseRecipe):
                 f"@propagate: {self.method} looks at all layers of a block at once; corrected solves one after the "
                 "other: expected original or quantized"
             )
-        if self.bits == "auto":
+        if self.opens_widths:
             raise ValueError(
                 "@propagate: bits: auto takes each layer from one of several solutions, and corrected makes layers "
                 "that fit those of one: expected original or quantized"
@@ -344,15 +393,42 @@ class _QuantizeRecipe(BaseRecipe):
                 found[key] = value
         return {key: value for key, value in found.items() if (key, value) != ("group_size", "auto")}
 
+    def content(self) -> dict[str, Any]:
+        """As of every recipe; of the calibration what is looked at, a text or an importance matrix."""
+        found = super().content()
+        if "calibration" in found:
+            given = self.calibration.imatrix is not None
+            found["calibration"] = {
+                key: value
+                for key, value in found["calibration"].items()
+                if key.startswith("imatrix") == given and not (given and value is None)
+            }
+        return found
+
     def unused(self) -> set[str]:
         silent = {"target_bits"} if self.target_bits is None else set()
-        silent |= {key for key in ("ignore", "overrides", "type") if not getattr(self, key)}
+        silent |= {key for key in ("ignore", "overrides", "type", "types", "size") if not getattr(self, key)}
         return set(_METHOD_KEYS - _KEYS[self.method]) | silent
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Code widths that a layer may get: one, or with `bits: auto` all that the format holds."""
         return FORMATS[self.format].bits if self.bits == "auto" else (self.bits,)
+
+    @property
+    def opens_widths(self) -> bool:
+        """Whether the width of each layer is chosen from several solutions."""
+        return self.bits == "auto" and self.type is None
+
+    @property
+    def opens_types(self) -> bool:
+        """Whether the block type of each matrix is chosen, before it is solved."""
+        return self.type == AUTO_TYPE
+
+    @property
+    def solutions(self) -> int:
+        """How often each layer is solved."""
+        return len(self.widths) if self.opens_widths else 1
 
     @property
     def average_bits(self) -> float:

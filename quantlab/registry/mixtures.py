@@ -8,12 +8,15 @@ Q8_0; and a row that is no multiple of 256 has the fallback type, of 32. Q2_K is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantlab.registry.block_types import BLOCK_TYPES
 
+LARGEST = "Q8_0"
 MIXTURES = {"Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K", "Q4_K_S": "Q4_K", "Q3_K_M": "Q3_K", "Q2_K": "Q2_K"}
 USUAL_TYPE = "Q4_K_M"
+AUTO_TYPE = "auto"  # a type for each tensor, chosen by what each costs the model
 TYPES = (*BLOCK_TYPES, *(name for name in MIXTURES if name not in BLOCK_TYPES))
 # What a file says of itself: llama_ftype of llama.h.
 FILE_TYPES = {
@@ -52,6 +55,21 @@ def tensor_type(wanted: str, name: str, columns: int, layer: int, model: Model) 
         A name in ``BLOCK_TYPES``, or ``F16`` where no block fits a row.
     """
     return fallback(_chosen(wanted, name.rpartition(".")[2], columns, layer, model), columns)
+
+
+def candidates(columns: int, listed: Sequence[str] = ()) -> tuple[str, ...]:
+    """The types that a matrix with rows of ``columns`` may get where types are chosen, fewest bits first; empty where
+    no block fits. Where super-blocks fit, types that they replaced are left out.
+
+    Args:
+        listed: the types to choose from, or for them what llama.cpp takes where none fits; empty for all.
+    """
+    fitting = [name for name in listed or BLOCK_TYPES if columns % BLOCK_TYPES[name].block == 0]
+    if not listed and any(BLOCK_TYPES[name].scale_range for name in fitting):
+        fitting = [name for name in fitting if name == LARGEST or BLOCK_TYPES[name].scale_range]
+    if not fitting:
+        fitting = [name for name in (fallback(name, columns) for name in listed) if name in BLOCK_TYPES]
+    return tuple(sorted({*fitting}, key=lambda name: (BLOCK_TYPES[name].bits_per_weight, name)))
 
 
 def fallback(kind: str, columns: int) -> str:

@@ -20,7 +20,7 @@ from quantlab.formats.gguf.architectures import Place, Places
 from quantlab.formats.gguf.metadata import add_settings, extra_tensors
 from quantlab.formats.gguf.tokenizer import add_tokenizer
 from quantlab.registry.block_types import BLOCK_TYPES, PLAIN_TYPES
-from quantlab.registry.mixtures import FILE_TYPES
+from quantlab.registry.mixtures import AUTO_TYPE, FILE_TYPES
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -58,7 +58,7 @@ def write(
     Args:
         entries: its tensors, in the order they are to have.
         folder: where the tokenizer is. settings: as ``metadata.read_settings`` gives them.
-        wanted: the type or mixture that most of it is in. called: the model's name.
+        wanted: the type or mixture that most of it is in, or "auto". called: the model's name.
 
     Raises:
         DataError: as ``add_settings`` and ``add_tokenizer``. OSError: the file cannot be written.
@@ -108,7 +108,7 @@ def _header(
     writer = GGUFWriter(None, held.name)
     writer.add_name(called)
     writer.add_quantization_version(QUANTIZATION_VERSION)
-    writer.add_file_type(FILE_TYPES[wanted])
+    writer.add_file_type(FILE_TYPES[most_common(entries) if wanted == AUTO_TYPE else wanted])
     add_settings(writer, settings, held, called)
     add_tokenizer(writer, folder, int(settings["vocab_size"]), called)
     for entry in entries:
@@ -121,6 +121,15 @@ def _header(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     return writer
+
+
+def most_common(entries: Sequence[Entry]) -> str:
+    """The block type that most of the bytes are in, the larger one of equals."""
+    counts = dict.fromkeys(BLOCK_TYPES, 0)
+    for entry in entries:
+        if entry.kind in counts:
+            counts[entry.kind] += entry.bytes
+    return max(counts, key=lambda kind: counts[kind])
 
 
 def extras(settings: Mapping[str, Any], places: Places) -> Iterator[Entry]:

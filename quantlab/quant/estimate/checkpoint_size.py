@@ -12,8 +12,8 @@ gguf                by block type (``registry.block_types``), from 2.625 bits (Q
 ==================  ===================================================================================
 
 Everything else keeps its size in the model's 16-bit type; headers are computed as they will be written. Exact for what
-quantlab packs itself; for ``bits: auto`` the average width is taken for every layer, and for bitsandbytes the few
-hundred bytes of description a layer are approximate.
+quantlab packs itself; for ``bits: auto`` the average width is taken for every layer, for ``type: auto`` what the file
+may have, and for bitsandbytes the few hundred bytes of description a layer are approximate.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def checkpoint_bytes(recipe: QuantizeRecipe, files: ModelFiles) -> int:
     chosen = selection(recipe, files)
     if FORMATS[recipe.format].types:
         from quantlab.quant import block_selection
+        from quantlab.quant.mixed_precision.file_budget import file_budget
 
+        if recipe.opens_types:  # what is allowed; the types are chosen to come near it
+            return file_budget(recipe, files, chosen).size
         return block_selection.file_bytes(recipe, files, chosen, stored_float(files, recipe.dtype))
     if recipe.bits != "auto":
         return _packed_bytes(recipe, files, chosen)

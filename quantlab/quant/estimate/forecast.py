@@ -19,6 +19,8 @@ matrices [out, in]::
 
     forwards     (2 P + 4 seq_len width) T   one for all recipes that propagate original or corrected outputs, two for
                                              each other, and STAGED over the paired tokens for each corrected one
+    choosing     for ``type: auto``: a forward and a backward pass over the probing tokens, and the search for the
+                 scales of a sample of rows in each block type
     H            in^2 T                      a distinct input, and three times that for the paired tokens
     solving      ``Method.cost`` of the registry: products, and passes over all weights
 
@@ -36,11 +38,14 @@ from quantlab.models.blockwise import layers_of
 from quantlab.models.safetensors.files import ModelFiles
 from quantlab.quant.drift import rows_paired, widest
 from quantlab.quant.estimate.checkpoint_size import checkpoint_bytes, stored_float
+from quantlab.quant.mixed_precision.sensitivity import ROWS, SEQ_LEN
+from quantlab.quant.mixed_precision.type_costs import SAMPLED
 from quantlab.recipe.quantize import QuantizeRecipe
 from quantlab.registry.methods import METHODS
 
 IDLE = 500_000_000  # bytes of a process that has imported torch and transformers
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # as the engine has it
+TYPES_TRIED = 6  # of a matrix, with `type: auto`
 STAGED = 2.7  # passes through a block, stage by stage and once more with all of it solved
 LAST = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2", "c_proj", "wo")
 
@@ -183,11 +188,12 @@ def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: MachineSpeed, sha
         tokens = recipe.calibration.rows * recipe.calibration.seq_len
         width = _hidden(files)
         passes = 2 if recipe.propagate == "quantized" else 1
+        gathered = 1 if not recipe.opens_types or METHODS[recipe.method].diagonal else 2
         attention = 4 * recipe.calibration.seq_len * width * len(blocks)
         forward = (2 * sum(b.weights for b in blocks) + attention) * tokens
-        parts["forwards"] = passes * forward / rates.matmul / shared
+        parts["forwards"] = (passes + gathered - 1) * forward / rates.matmul / shared
         squares = sum(columns**2 for columns, _ in layers)
-        parts["second moments"] = squares * tokens / rates.exact / shared
+        parts["second moments"] = gathered * squares * tokens / rates.exact / shared
         if recipe.propagate == "corrected":
             share = _paired(recipe, files) / recipe.calibration.rows
             targets = sum(columns**3 / 3 + 4 * rows * columns**2 for columns, rows in layers)
@@ -195,7 +201,14 @@ def _seconds(recipe: QuantizeRecipe, files: ModelFiles, rates: MachineSpeed, sha
             parts["second moments"] += (3 * share * squares * tokens + targets) / rates.exact
     weights = sum(columns * rows for columns, rows in layers)
     options = recipe.options().model_dump()
-    cost = METHODS[recipe.method].cost(layers, options, len(recipe.widths))
+    cost = METHODS[recipe.method].cost(layers, options, recipe.solutions)
+    if recipe.opens_types:
+        tried = sum(min(rows, SAMPLED) * columns for rows, columns in layers_of(files).shapes.values())
+        probe = (
+            6 * ROWS * SEQ_LEN * sum(b.weights for b in blocks)
+        )  # forward, and backward with a forward again
+        searched = METHODS["imatrix"].cost([], {}, TYPES_TRIED).passes
+        parts["choosing types"] = probe / rates.exact + searched * tried / rates.elements
     parts["solving"] = cost.products / rates.exact + cost.passes * weights / rates.elements
     return parts
 
@@ -213,7 +226,7 @@ def _memory(
     block = max(b.parameters for b in blocks) * width
     rows_in = max(rows * columns for b in blocks for columns, rows in b.inputs)
     side = max(columns for b in blocks for columns, _ in b.inputs)
-    count = grids * len(recipe.widths)
+    count = grids * recipe.solutions
     solving = 4 * (2 * side**2 + (3 + 2 * count) * rows_in)
     if not recipe.needs_calibration:
         return IDLE + max(embedding, block + 4 * 4 * rows_in)

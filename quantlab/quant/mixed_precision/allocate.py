@@ -35,7 +35,8 @@ class Layer:
     """What is to be decided about one layer.
 
     weights: how many it has.
-    loss: by width in bits, what quantizing it costs; only the widths that its layout can hold.
+    loss: by width in bits, what quantizing it costs; only the widths that its layout can hold. Where ``size`` is given,
+        a width may be any number that names an option.
     sensitivity: what one unit of loss is worth, equal units for all layers.
     size: bits of storage by width, scales and all; None counts the codes alone, ``weights * width``.
     """
@@ -101,11 +102,19 @@ def allocate(
     """
     _refuse(layers)
     weights = sum(layer.weights for layer in layers)
-    budget = math.floor(Fraction(target_bits) * weights)
+    return allocate_within(layers, math.floor(Fraction(target_bits) * weights), tied=tied, limit=limit)
+
+
+def allocate_within(
+    layers: Sequence[Layer], budget: int, *, tied: Iterable[Sequence[str]] = (), limit: int = 20_000
+) -> Allocation:
+    """As :func:`allocate`, with at most ``budget`` bits in all."""
+    _refuse(layers)
+    weights = sum(layer.weights for layer in layers)
     items = [_Item.of(members) for members in _groups(layers, tied)]
     smallest = sum(item.options[0].size for item in items)
     if smallest > budget:
-        raise BudgetError(target_bits, math.ceil(Fraction(1000 * smallest, weights)) / 1000)
+        raise BudgetError(budget / weights, math.ceil(Fraction(1000 * smallest, weights)) / 1000)
     relaxed = _relax(items, budget)
     chosen, exact = _refine(items, relaxed, budget, limit)
     widths = {

@@ -5,10 +5,15 @@ divergence of ``1/2 E[(sum_t g_t . e_t)^2]`` nats, where ``g_t`` is the gradient
 from the model itself with respect to that output: the Fisher information (for quantization see Li et al., "BRECQ",
 ICLR 2021, arXiv:2102.05426, section 3). Taking errors of different tokens and output channels as unrelated leaves
 
-    divergence a token  ~  sensitivity * loss,     sensitivity = 1/2 mean over tokens and channels of g^2
+    divergence a token  ~  sum over channels of f * loss,     f = 1/2 mean over tokens of g^2
 
-with ``loss`` the layer's mean squared output error a token, which every solver here reports. The number does not depend
-on how the layer is quantized: it is measured once and serves every width, group size and method.
+with ``loss`` the mean squared error a token of each channel (:func:`fisher`), or with one number for all channels
+(:func:`sensitivities`: the mean of f, beside the loss of a whole layer, which every solver here reports). They do not
+depend on how the layer is quantized: they are measured once and serve every width, type, group size and method.
+
+Outside the blocks: an error in the embedding is one in the first hidden states, which have a gradient like any output.
+An error ``d_v`` in the logits costs half its variance under the predictions p, ``1/2 Var_p(d)``, which is the mean of
+``1/4 (d_v - d_u)^2`` over pairs of labels v, u drawn from p: the rows of the head that are drawn are enough.
 
 Neither the model nor a graph through it is ever held. :class:`Probe` takes a few rows forward block by block, keeping
 what each block got; then backward from the head, where each block is run once more on one row at a time and
@@ -26,6 +31,7 @@ direction of the errors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -36,6 +42,7 @@ from quantlab.models.layers import linears, matrix
 from quantlab.models.lm_head import head
 
 ROWS, SEQ_LEN = 4, 256  # of the calibration rows, by default
+DRAWN = 8  # labels that are drawn for each token to judge the head by
 
 
 def sensitivities(
@@ -51,17 +58,55 @@ def sensitivities(
     Raises:
         ValueError: the predictions or their gradients overflow.
     """
+    found = fisher(opened, rows, seed=seed, advance=advance).layers
+    return {name: value.mean().item() for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """What errors cost. ``rows``: token ids int64 [rows, seq_len] that it was measured on.
+
+    layers: by layer, ``1/2 mean g^2`` of each channel of its output, float32 [out].
+    embedding: the same of the hidden states before the first block, float32 [hidden].
+    states: those states, float32 [tokens, hidden]. into_head: what enters the head, float32 [tokens, hidden].
+    drawn: labels from the predictions, int64 [tokens, DRAWN].
+    """
+
+    rows: torch.Tensor
+    layers: dict[str, torch.Tensor]
+    embedding: torch.Tensor
+    states: torch.Tensor
+    into_head: torch.Tensor
+    drawn: torch.Tensor
+
+
+def fisher(
+    opened: BlockwiseModel, rows: torch.Tensor, *, seed: int = 0, advance: Callable[[int], None] | None = None
+) -> Fisher:
+    """The Fisher information of every linear in the blocks, by its full name in the files, and outside them. Arguments
+    and errors as of :func:`sensitivities`."""
     hidden, calls = opened.inputs(rows)
     probe = Probe(hidden)
+    first = probe.states[0]
     for index, call in enumerate(calls):
         block = opened.block(index)
         probe.forward(block, call)
         opened.empty(block)
         if advance is not None:
             advance(1)
-    with head(opened) as logits:
-        probe.score(logits, seed)
-    found = {}
+    into_head: list[torch.Tensor] = []
+
+    def entering(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        into_head.append(args[0].detach().float().flatten(0, -2))
+
+    output: nn.Module = opened.model.get_output_embeddings()
+    handle = output.register_forward_pre_hook(entering)
+    try:
+        with head(opened) as logits:
+            probe.score(logits, seed)
+    finally:
+        handle.remove()
+    found: dict[str, torch.Tensor] = {}
     for index, call in reversed(list(enumerate(calls))):
         block = opened.block(index)
         for name, value in probe.backward(block, call).items():
@@ -69,7 +114,15 @@ def sensitivities(
         opened.empty(block)
         if advance is not None:
             advance(1)
-    return dict(reversed(found.items()))
+    behind = probe.gradient.float().flatten(0, -2)  # [tokens, hidden]
+    return Fisher(
+        rows,
+        dict(reversed(found.items())),
+        behind.square().mean(dim=0) / 2,
+        first.float().flatten(0, -2),
+        torch.cat(into_head),
+        probe.drawn,
+    )
 
 
 class Probe:
@@ -82,6 +135,13 @@ class Probe:
     def __init__(self, hidden: torch.Tensor) -> None:
         self.states = [hidden.detach()]  # before each block gone through, and after the last one
         self._gradient: torch.Tensor | None = None  # of the states last in the list
+        self.drawn = torch.empty(0, DRAWN, dtype=torch.int64)  # labels from the predictions, [tokens, DRAWN]
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """Of the labels' log-probability with respect to the states last come back to, [rows, seq_len, hidden]."""
+        assert self._gradient is not None
+        return self._gradient
 
     @torch.no_grad()
     def forward(self, block: nn.Module, call: BlockInputs) -> None:
@@ -101,29 +161,32 @@ class Probe:
             ValueError: the predictions are not finite.
         """
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same
-        gradients = []
+        others = torch.Generator().manual_seed(seed + 1)
+        gradients, drawn = [], []
         for row in self.states.pop():
             with torch.enable_grad():
                 leaf = row[None].clone().requires_grad_()
                 scores = logits(leaf)[0].float().log_softmax(dim=-1)  # [seq_len, vocabulary]
                 if not torch.isfinite(scores).all():
                     raise ValueError("the model's predictions are not finite: its activations overflow")
-                labels = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
+                chances = scores.detach().exp().cpu()
+                labels = torch.multinomial(chances, 1, generator=generator)
+                drawn.append(torch.multinomial(chances, DRAWN, replacement=True, generator=others))
                 gradients += torch.autograd.grad(scores.gather(1, labels.to(scores.device)).sum(), leaf)
-        self._gradient = torch.cat(gradients)
+        self._gradient, self.drawn = torch.cat(gradients), torch.cat(drawn)
 
-    def backward(self, block: nn.Module, call: BlockInputs) -> dict[str, float]:
+    def backward(self, block: nn.Module, call: BlockInputs) -> dict[str, torch.Tensor]:
         """Take the gradients through the last block not yet gone back through.
 
         Returns:
-            The sensitivity of each of its linears, by their names in the block. A layer that no token reached (an
-            expert) gets the least of the others': zero would allow it any loss.
+            The Fisher information of each of its linears' output channels, float32 [out], by their names in the block.
+            A layer that no token reached (an expert) gets the least of the others' means: zero would allow it any loss.
         """
         if self._gradient is None:
             raise RuntimeError("score comes before backward")
         states, gradient = self.states.pop(), self._gradient
         layers = linears(block)
-        squares = dict.fromkeys(layers, 0.0)
+        squares = {name: torch.zeros(len(matrix(layer))) for name, layer in layers.items()}
         handles = [layer.register_forward_hook(_square(name, squares)) for name, layer in layers.items()]
         before = []
         try:
@@ -139,18 +202,20 @@ class Probe:
         if not torch.isfinite(self._gradient).all():
             raise ValueError("the model's gradients overflow: compute in float32 or bfloat16")
         tokens = states.shape[0] * states.shape[1]
-        found = {name: squares[name] / (2 * len(matrix(layers[name])) * tokens) for name in layers}
-        least = min((value for value in found.values() if value > 0), default=0.0)
-        return {name: value or least for name, value in found.items()}
+        found = {name: squares[name] / (2 * tokens) for name in layers}
+        least = min((mean for value in found.values() if (mean := value.mean().item()) > 0), default=0.0)
+        return {
+            name: value if value.any() else torch.full_like(value, least) for name, value in found.items()
+        }
 
 
 def _square(
-    name: str, squares: dict[str, float]
+    name: str, squares: dict[str, torch.Tensor]
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
     """A forward hook that adds up the squared gradients of a layer's output."""
 
     def back(gradient: torch.Tensor) -> None:
-        squares[name] += gradient.float().square().sum().item()
+        squares[name] += gradient.float().flatten(0, -2).square().sum(dim=0).cpu()
 
     def seen(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if output.requires_grad:  # an expert that gets no token of the row has no output to speak of
