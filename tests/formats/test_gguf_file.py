@@ -148,6 +148,15 @@ def test_llama_cpp_computes_every_type(kind: str, wide: Path, tmp_path: Path) ->
     assert relative(theirs, logits(checkpoint.load(out, torch.float32), IDS)) < 0.06
 
 
+def test_llama_cpp_computes_a_file_of_chosen_types(wide: Path, tmp_path: Path) -> None:
+    text = {"source": "calib/general.jsonl", "rows": 2, "seq_len": 32}
+    out = made(wide, tmp_path / "q", method="imatrix", type="auto", target_bits=4.5, calibration=text)
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model-auto.gguf").tensors}
+    assert len(kinds - {"F32"}) > 1
+    theirs = computed_by_llama_cpp(out / "model-auto.gguf")
+    assert relative(theirs, logits(checkpoint.load(out, torch.float32), IDS)) < 0.06
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_plain_transformers_reads_the_file_alone(model_type: str, models: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
