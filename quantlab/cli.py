@@ -189,6 +189,61 @@ def plan(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A quantized checkpoint: directory, Hugging Face id, or GGUF file."
+        ),
+    ],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="gguf, gptq, awq, or compressed-tensors.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The new checkpoint's directory; default checkpoints/<name>/<format>."),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance",
+            metavar="REL",
+            help="Let a scale or minimum be off by this share of itself, where it is not stored exactly.",
+        ),
+    ] = 0.0,
+    widen: Annotated[
+        bool,
+        typer.Option("--widen", help="Store codes in more bits, where the format does not hold theirs."),
+    ] = False,
+    device: Device = "cpu",
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not load both checkpoints in a fresh process.")
+    ] = False,
+    dry_run: DryRun = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a quantized checkpoint to another format without quantizing it again, or say why that cannot be."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.convert import Options, run
+
+        options = Options(
+            to=to,
+            out=out,
+            tolerance=tolerance,
+            widen=widen,
+            device=device,
+            verify=not no_verify,
+            dry_run=dry_run,
+            trust_remote_code=trust_remote_code,
+        )
+        run(checkpoint, options, as_json=as_json)
+
+
+@app.command()
 def calibration(
     what: Annotated[
         str,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from quantlab.formats import bits as bitstream
+from quantlab.formats.codes import Codes
 from quantlab.registry.formats import Contents
 
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
@@ -54,6 +55,32 @@ def unpack(
     group_of = torch.arange(codes.shape[1], device=codes.device) // width
     zeros = _unpack_rows(tensors["qzeros"], bits)
     return codes, tensors["scales"].t().to(torch.float32), zeros, group_of
+
+
+def read(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any], *names: str) -> Codes:
+    """A linear of any checkpoint in this layout.
+
+    Args:
+        described: the ``quantization_config``. names: the linear's; not needed here.
+
+    Raises:
+        ValueError: another version (``gemv``), another width, or tensors that are not of one linear.
+    """
+    version = str(described.get("version") or described.get("format") or "gemm").lower()
+    if version != "gemm":
+        raise ValueError(f"its awq version is {version!r}, read is 'gemm'")
+    bits = int(described["bits"])
+    if bits != 4:
+        raise ValueError(f"its codes are of {bits} bits, the awq layout is of 4")
+    qweight, qzeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
+    columns, (groups, outputs) = len(qweight), scales.shape
+    if qweight.shape[1] * 8 != outputs or qzeros.shape != (groups, outputs // 8) or columns % groups:
+        raise ValueError(
+            f"qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales {list(scales.shape)} are not of one "
+            "linear of 4 bits"
+        )
+    codes, steps, zeros, group_of = unpack(tensors, bits=bits, group_size=columns // groups)
+    return Codes(codes, steps.contiguous(), zeros, group_of, bits)
 
 
 def config(contents: Contents) -> dict[str, Any]:

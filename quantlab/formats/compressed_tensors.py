@@ -20,12 +20,14 @@ width, unpacked at the first forward; vLLM has had 4 and 8 bits for long, the ot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from quantlab.formats import bits as bitstream
+from quantlab.formats.codes import Codes
 from quantlab.registry.formats import Contents
 
 
@@ -68,6 +70,69 @@ def unpack(
     zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.int32)
     group_of = torch.arange(columns, device=codes.device) // (columns // scales.shape[1])
     return codes, scales, zeros, group_of
+
+
+def read(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any], *names: str) -> Codes:
+    """A linear of any checkpoint of packed integers, also one with zeros (``weight_zero_point``, packed along the
+    outputs) or a column order (``weight_g_idx``), which this layout's writer leaves to others.
+
+    Args:
+        described: the ``quantization_config``. names: what the linear is called, by any of which it is targeted.
+
+    Raises:
+        ValueError: codes that are no integers, quantized activations, or tensors that are not of one linear.
+    """
+    if "weight_packed" not in tensors:
+        raise ValueError("its weight is no packed integers (FP8, or another format of compressed-tensors)")
+    told = scheme(described, *names)
+    bits, activations = int(told["weights"]["num_bits"]), told.get("input_activations")
+    if told["weights"].get("type", "int") != "int" or activations:
+        raise ValueError("its activations are quantized too, which no other layout says")
+    packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+    outputs, columns = (int(size) for size in tensors["weight_shape"])
+    if packed.shape != (outputs, -(-columns * bits // 32)) or scales.ndim != 2 or len(scales) != outputs:
+        raise ValueError(
+            f"weight_packed {list(packed.shape)} and weight_scale {list(scales.shape)} are not of a linear of {outputs} "
+            f"outputs, {columns} inputs and {bits} bits"
+        )
+    groups, order = scales.shape[1], tensors.get("weight_g_idx")
+    if columns % groups:
+        raise ValueError(f"its {columns} inputs are not divisible by {groups} groups")
+    group_of = torch.arange(columns) // (columns // groups)
+    if order is not None and bool((order >= 0).all()):  # -1 where there is none
+        group_of = order.to(torch.int64)
+        if int(group_of.max()) >= groups:
+            raise ValueError(f"weight_g_idx goes up to {int(group_of.max())}, there are {groups} groups")
+    zeros = torch.full((outputs, groups), 2 ** (bits - 1), dtype=torch.int32)
+    if (stored := tensors.get("weight_zero_point")) is not None:
+        if stored.shape == (outputs, groups):  # as they are, from -2^(bits-1) on
+            zeros = stored.to(torch.int32) + 2 ** (bits - 1)
+        elif stored.shape == (-(-outputs * bits // 32), groups):
+            zeros = _unpack(stored, bits, outputs)
+        else:
+            raise ValueError(f"weight_zero_point {list(stored.shape)} is not of {outputs} outputs and {groups} groups")
+    codes = _unpack(packed.t(), bits, columns).t().to(torch.uint8)
+    return Codes(codes.contiguous(), scales.to(torch.float32), zeros, group_of, bits)
+
+
+def scheme(described: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The group of the ``quantization_config`` that a linear belongs to, by a name of its or a regular expression
+    (``re:``), before one for all linears.
+
+    Raises:
+        ValueError: there is none.
+    """
+    groups: list[Mapping[str, Any]] = list((described.get("config_groups") or {}).values())
+    chosen = [group for group in groups if _targeted(group["targets"], names)]
+    chosen += [group for group in groups if "Linear" in group["targets"]]
+    if not chosen:
+        raise ValueError(f"no group of the quantization_config is for {names[0]}")
+    return chosen[0]
+
+
+def _targeted(targets: Sequence[str], names: Sequence[str]) -> bool:
+    patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
+    return any(name in targets or any(re.match(p, name) for p in patterns) for name in names)
 
 
 def config(contents: Contents) -> dict[str, Any]:

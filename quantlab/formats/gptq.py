@@ -22,7 +22,10 @@ from typing import Any
 import torch
 
 from quantlab.formats import bits as bitstream
+from quantlab.formats.codes import Codes
 from quantlab.registry.formats import Contents
+
+VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what a version leaves out of a stored zero
 
 
 def pack(
@@ -53,6 +56,51 @@ def unpack(
     codes = bitstream.unpack(tensors["qweight"], bits, group_of.shape[0]).t().to(torch.uint8)
     zeros = bitstream.unpack(tensors["qzeros"].t(), bits, outputs) + 1
     return codes.contiguous(), tensors["scales"].t().to(torch.float32), zeros, group_of
+
+
+def read(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any], *names: str) -> Codes:
+    """A linear of any checkpoint in this layout, also of version 2 (``gptq_v2``), which stores zeros as they are. Width
+    and groups are those of the tensors, since a checkpoint may have several (``dynamic``).
+
+    Args:
+        described: the ``quantization_config``. names: the linear's; not needed here.
+
+    Raises:
+        ValueError: another version, or tensors that are not of one linear.
+    """
+    version = str(described.get("checkpoint_format") or described.get("format") or "gptq")
+    if version not in VERSIONS or described.get("is_marlin_format"):
+        raise ValueError(f"its gptq format is {version!r}, read are {' and '.join(VERSIONS)}")
+    qweight, qzeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
+    if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
+        raise ValueError(f"its codes are packed in {str(qweight.dtype)[6:]}, read are words of int32")
+    groups, outputs = scales.shape
+    group_of = tensors.get("g_idx")
+    told = int(described["bits"])
+    columns = len(qweight) * 32 // told if group_of is None else len(group_of)
+    bits = len(qweight) * 32 // columns
+    if bits != told and not described.get("dynamic"):
+        raise ValueError(f"its codes are of {bits} bits, its quantization_config says {told}")
+    if bits not in (2, 3, 4, 8) or len(qweight) * 32 != columns * bits:
+        raise ValueError(f"{len(qweight)} words of {columns} inputs are not codes of 2, 3, 4 or 8 bits")
+    if qweight.shape[1] != outputs or qzeros.shape != (groups, outputs * bits // 32):
+        raise ValueError(
+            f"qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales {list(scales.shape)} are not of one "
+            f"linear of {bits} bits"
+        )
+    if columns % groups:
+        raise ValueError(f"its {columns} inputs are not divisible by its {groups} groups")
+    group_of = torch.arange(columns) // (columns // groups) if group_of is None else group_of.to(torch.int64)
+    if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
+        raise ValueError(f"g_idx goes from {int(group_of.min())} to {int(group_of.max())}, there are {groups} groups")
+    zeros = bitstream.unpack(qzeros.t(), bits, outputs) + VERSIONS[version]
+    if int(zeros.max()) == 2**bits:
+        raise ValueError(
+            f"zeros are stored as {2**bits - 1}, which readers of version 1 take for {2**bits} or, with a carry into the "
+            "next one, for 0"
+        )
+    codes = bitstream.unpack(qweight, bits, columns).t().to(torch.uint8)
+    return Codes(codes.contiguous(), scales.t().to(torch.float32).contiguous(), zeros.contiguous(), group_of, bits)
 
 
 # Names of block lists that optimum finds by itself.

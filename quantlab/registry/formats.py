@@ -6,7 +6,13 @@ A format's module (torch) offers, for one linear::
     pack(codes, scales, zeros, group_of, *, bits, group_size, symmetric) -> dict[str, Tensor]
     unpack(tensors, *, bits, group_size) -> (codes, scales, zeros, group_of)
 
-with the tensors that ``Format.tensors`` names, and for the checkpoint::
+with the tensors that ``Format.tensors`` names, one that reads any checkpoint of the format, also such as quantlab does
+not write, by its ``quantization_config`` and what the linear is called (``formats.codes``; ValueError for what is no
+integer codes, or damaged)::
+
+    read(tensors, described, *names) -> Codes
+
+and for the checkpoint::
 
     config(contents: Contents) -> dict
 

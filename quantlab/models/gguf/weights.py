@@ -59,6 +59,16 @@ class GgufTensor:
             found = self._decoded(lowest, highest, width)[places - lowest]
         return found.reshape(last - first, *self.shape[1:])
 
+    def packed(self) -> NDArray[np.uint8]:
+        """The blocks of a matrix as the file has them, uint8 [rows, row_bytes], its rows in the model's order.
+
+        Raises:
+            DataError: as :meth:`read`.
+        """
+        rows = math.prod(self.shape[:-1])
+        found = self._bytes(0, rows, self.shape[-1])
+        return found[self._places(0, rows)] if self.head else found
+
     def _places(self, first: int, last: int) -> NDArray[np.int64]:
         """Rows of the file that hold rows ``first`` to ``last`` of the model."""
         head, inside = np.divmod(np.arange(first, last), self.head)
@@ -71,25 +81,30 @@ class GgufTensor:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        _, block, block_bytes = ggml_type(self.kind, self.name)
-        row_bytes = width // block * block_bytes
         found = np.empty((last - first, width), np.float32)
         step = max(1, PIECE // width)
+        with np.errstate(all="ignore"):  # NaN is told by who looks for it
+            for row in range(first, last, step):
+                data = self._bytes(row, min(row + step, last), width)
+                values = dequantize(data, GGMLQuantizationType(self.kind))
+                np.subtract(values, self.shift, out=found[row - first : row - first + len(data)])
+        return found
+
+    def _bytes(self, first: int, last: int, width: int) -> NDArray[np.uint8]:
+        """Rows of the file as they are, uint8 [last - first, row_bytes]."""
+        _, block, block_bytes = ggml_type(self.kind, self.name)
+        row_bytes = width // block * block_bytes
         try:
             if stamp_of(self.file) != self.stamp:
                 raise DataError(f"{self.file} changed while it was in use")
-            with self.file.open("rb") as stream, np.errstate(all="ignore"):  # NaN is told by who looks for it
+            with self.file.open("rb") as stream:
                 stream.seek(self.start + first * row_bytes)
-                for row in range(first, last, step):
-                    rows = min(step, last - row)
-                    data = np.frombuffer(stream.read(rows * row_bytes), np.uint8)
-                    if len(data) < rows * row_bytes:
-                        raise DataError(f"{self.file} ends early, inside {self.name}")
-                    values = dequantize(data.reshape(rows, row_bytes), GGMLQuantizationType(self.kind))
-                    np.subtract(values, self.shift, out=found[row - first : row - first + rows])
+                data = np.frombuffer(stream.read((last - first) * row_bytes), np.uint8)
         except OSError as error:
             raise DataError(f"cannot read {self.file}: {error.strerror or error}") from error
-        return found
+        if len(data) < (last - first) * row_bytes:
+            raise DataError(f"{self.file} ends early, inside {self.name}")
+        return data.reshape(last - first, row_bytes)
 
 
 def whole(header: Header, stored: Stored) -> GgufTensor:

@@ -13,7 +13,6 @@ measure of what rounding does, by which a difference can be judged.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -300,33 +299,18 @@ class _PackedWeights(FileWeights):
         if leaf != "weight" or held not in self.packed or self.reader is None:
             return super().whole(name)
         parts = {key: read_tensor(info) for key, info in self.packed[held].items()}
-        bits, group_size = width_of(self.config, owner, held)
-        codes, scales, zeros, group_of = self.reader.unpack(parts, bits=bits, group_size=group_size)
         module = self.opened.model.get_submodule(owner)
-        return as_weight(module, Quantized(codes, scales, zeros, group_of, bits).dequantize())
+        if parts.get("weight") is not None:  # FP8, which is no integer code
+            codes, scales, zeros, group_of = self.reader.unpack(parts, bits=8, group_size=-1)
+            return as_weight(module, Quantized(codes, scales, zeros, group_of, 8).dequantize())
+        try:
+            return as_weight(module, self.reader.read(parts, self.config, owner, held).dequantize())
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{self.opened.files.name}: {held}: {error}") from error
 
     def part(self, name: str, rows: slice) -> torch.Tensor | None:
         held = self.opened.names.stored.get(name, "").removesuffix(".weight")
         return None if held in self.packed else super().part(name, rows)
-
-
-def width_of(config: Mapping[str, Any], *names: str) -> tuple[int, int]:
-    """Bits and group size of a linear, which goes by ``names``, in a ``quantization_config``."""
-    groups = config.get("config_groups")
-    if groups is None:
-        return int(config["bits"]), int(config["group_size"])
-    chosen = [g for g in groups.values() if _targeted(g["targets"], names)]
-    chosen += [g for g in groups.values() if "Linear" in g["targets"]]
-    if not chosen:
-        raise DataError(f"no group of the quantization_config is for {names[0]}")
-    size = chosen[0]["weights"].get("group_size")
-    return int(chosen[0]["weights"]["num_bits"]), -1 if size is None else int(size)
-
-
-def _targeted(targets: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether a group is for a linear by its name, or by a regular expression (``re:``)."""
-    patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
-    return any(name in targets or any(re.match(p, name) for p in patterns) for name in names)
 
 
 class _Skeleton(BlockwiseModel):
