@@ -101,7 +101,10 @@ def convert_checkpoint(checkpoint: str, options: Options, progress: Progress) ->
         trust_remote_code=options.trust_remote_code,
     )
     write_model_card(out, None)
-    return summary | {"verification": record.get("verification"), "source": record.get("verification_of_source")}
+    return summary | {
+        "verification": record.get("verification"),
+        "source": record.get("verification_of_source"),
+    }
 
 
 def lines(summary: Mapping[str, Any]) -> list[str]:

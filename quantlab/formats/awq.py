@@ -76,8 +76,8 @@ def read(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any], *nam
     columns, (groups, outputs) = len(qweight), scales.shape
     if qweight.shape[1] * 8 != outputs or qzeros.shape != (groups, outputs // 8) or columns % groups:
         raise ValueError(
-            f"qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales {list(scales.shape)} are not of one "
-            "linear of 4 bits"
+            f"qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales {list(scales.shape)} are not of "
+            "one linear of 4 bits"
         )
     codes, steps, zeros, group_of = unpack(tensors, bits=bits, group_size=columns // groups)
     return Codes(codes, steps.contiguous(), zeros, group_of, bits)

@@ -14,8 +14,8 @@ import torch
 
 
 class Codes(NamedTuple):
-    """``codes`` uint8 [out, in]; ``scales`` float32 [out, groups], of either sign; ``zeros`` int32 [out, groups], of any
-    size; ``group_of`` int64 [in]: the group of each column; ``bits``: the width of a code."""
+    """``codes`` uint8 [out, in]; ``scales`` float32 [out, groups], of either sign; ``zeros`` int32 [out, groups], of
+    any size; ``group_of`` int64 [in]: the group of each column; ``bits``: the width of a code."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -76,8 +76,8 @@ def zeros_for(
     symmetric: bool,
     zero_min: int = 0,
 ) -> torch.Tensor | None:
-    """The zeros of codes of ``bits`` bits for levels from ``low`` to ``high``; None where there are none. All int32 [out,
-    groups].
+    """The zeros of codes of ``bits`` bits for levels from ``low`` to ``high``; None where there are none. All int32
+    [out, groups].
 
     Args:
         zeros: what they are now; they stay so as far as the levels allow.
@@ -90,8 +90,8 @@ def zeros_for(
 
 
 def refit(held: Codes, bits: int, *, symmetric: bool, zero_min: int = 0) -> Codes | None:
-    """The same weights as codes of ``bits`` bits; None where such codes do not hold them. ``symmetric`` and ``zero_min``
-    as for :func:`zeros_for`."""
+    """The same weights as codes of ``bits`` bits; None where such codes do not hold them. ``symmetric`` and
+    ``zero_min`` as for :func:`zeros_for`."""
     zeros = zeros_for(held.zeros, *spans(held), bits, symmetric=symmetric, zero_min=zero_min)
     if zeros is None:
         return None

@@ -92,8 +92,8 @@ def read(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any], *nam
     outputs, columns = (int(size) for size in tensors["weight_shape"])
     if packed.shape != (outputs, -(-columns * bits // 32)) or scales.ndim != 2 or len(scales) != outputs:
         raise ValueError(
-            f"weight_packed {list(packed.shape)} and weight_scale {list(scales.shape)} are not of a linear of {outputs} "
-            f"outputs, {columns} inputs and {bits} bits"
+            f"weight_packed {list(packed.shape)} and weight_scale {list(scales.shape)} are not of a linear of "
+            f"{outputs} outputs, {columns} inputs and {bits} bits"
         )
     groups, order = scales.shape[1], tensors.get("weight_g_idx")
     if columns % groups:
@@ -110,7 +110,9 @@ def read(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any], *nam
         elif stored.shape == (-(-outputs * bits // 32), groups):
             zeros = _unpack(stored, bits, outputs)
         else:
-            raise ValueError(f"weight_zero_point {list(stored.shape)} is not of {outputs} outputs and {groups} groups")
+            raise ValueError(
+                f"weight_zero_point {list(stored.shape)} is not of {outputs} outputs and {groups} groups"
+            )
     codes = _unpack(packed.t(), bits, columns).t().to(torch.uint8)
     return Codes(codes.contiguous(), scales.to(torch.float32), zeros, group_of, bits)
 

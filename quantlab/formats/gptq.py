@@ -85,22 +85,26 @@ def read(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any], *nam
         raise ValueError(f"{len(qweight)} words of {columns} inputs are not codes of 2, 3, 4 or 8 bits")
     if qweight.shape[1] != outputs or qzeros.shape != (groups, outputs * bits // 32):
         raise ValueError(
-            f"qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales {list(scales.shape)} are not of one "
-            f"linear of {bits} bits"
+            f"qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales {list(scales.shape)} are not of "
+            f"one linear of {bits} bits"
         )
     if columns % groups:
         raise ValueError(f"its {columns} inputs are not divisible by its {groups} groups")
     group_of = torch.arange(columns) // (columns // groups) if group_of is None else group_of.to(torch.int64)
     if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
-        raise ValueError(f"g_idx goes from {int(group_of.min())} to {int(group_of.max())}, there are {groups} groups")
+        raise ValueError(
+            f"g_idx goes from {int(group_of.min())} to {int(group_of.max())}, there are {groups} groups"
+        )
     zeros = bitstream.unpack(qzeros.t(), bits, outputs) + VERSIONS[version]
     if int(zeros.max()) == 2**bits:
         raise ValueError(
-            f"zeros are stored as {2**bits - 1}, which readers of version 1 take for {2**bits} or, with a carry into the "
-            "next one, for 0"
+            f"zeros are stored as {2**bits - 1}, which readers of version 1 take for {2**bits} or, with a carry into "
+            "the next one, for 0"
         )
     codes = bitstream.unpack(qweight, bits, columns).t().to(torch.uint8)
-    return Codes(codes.contiguous(), scales.t().to(torch.float32).contiguous(), zeros.contiguous(), group_of, bits)
+    return Codes(
+        codes.contiguous(), scales.t().to(torch.float32).contiguous(), zeros.contiguous(), group_of, bits
+    )
 
 
 # Names of block lists that optimum finds by itself.

@@ -1,7 +1,8 @@
 """The model card of a checkpoint: its README.md, in the form the Hugging Face hub reads.
 
 Says what the checkpoint was made from and how (from `quantlab.json`), what it scored (from the run's row, when there
-is one), and how to load it with transformers alone.
+is one), and how to load it with transformers alone. A checkpoint that was converted from another layout says so, and
+has a recipe only where quantlab made the one that it was converted from.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def write_model_card(checkpoint: Path, row: Mapping[str, Any] | None) -> Path | 
 
 def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
     """The card's text. `made` is quantlab.json's content, `row` a row of the leaderboard."""
-    recipe, parent = made["recipe"], str(made["parent"])
-    layout = recipe.get("format", "bitsandbytes")
+    parent, converted = str(made["parent"]), list(made.get("converted") or [])
+    recipe = made["recipe"] if "recipe" in made or not converted else {"method": converted[0]["from_format"]}
+    layout = converted[-1]["to"] if converted else recipe.get("format", "bitsandbytes")
+    kind = converted[-1]["type"] if converted else recipe.get("type")
     head: dict[str, Any] = {
         "library_name": "transformers",
         "tags": ["quantlab", "quantized", recipe["method"]],
@@ -47,9 +50,11 @@ def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
         "---\n" + yaml.safe_dump(head, sort_keys=False).strip() + "\n---",
         f"# {parent.rstrip('/').split('/')[-1]}, {describe(recipe)}",
         f"Made by quantlab {made['quantlab_version']} from `{parent}` (digest `{made['parent_digest']}`).",
-        "## Recipe",
-        "```yaml\n" + yaml.safe_dump(_without_measurements(recipe), sort_keys=False).strip() + "\n```",
+        *map(_converted, converted),
     ]
+    if "recipe" in made:
+        written = yaml.safe_dump(_without_measurements(recipe), sort_keys=False).strip()
+        parts += ["## Recipe", f"```yaml\n{written}\n```"]
     if made.get("calibration"):
         calibration = made["calibration"]
         parts.append(
@@ -66,17 +71,30 @@ def model_card(made: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
     install = f"```sh\npip install {' '.join(who.install)}\n```"
     parts += ["## Use", f"{who.text[0].upper()}{who.text[1:]}."]
     if layout == "gguf":
-        parts += ["```sh\n" + _commands(recipe, parent) + "\n```"]
+        parts += ["```sh\n" + _commands(str(kind), parent) + "\n```"]
     parts += [install, "```python\n" + _snippet(who, sees=bool(made.get("sees"))) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-def _commands(recipe: Mapping[str, Any], parent: str) -> str:
+def _converted(step: Mapping[str, Any]) -> str:
+    """A sentence on a conversion."""
+    how = (
+        "without quantizing again: every weight is as it was"
+        if step["exact"]
+        else f"without quantizing again; scales and minima are off by up to {step['largest_error']:.2g} of their value"
+    )
+    return (
+        f"Converted from {step['from_format']} to {step['to']} by quantlab {step['quantlab_version']} {how}. Source: "
+        f"`{step['from']}` (digest `{step['digest']}`)."
+    )
+
+
+def _commands(kind: str, parent: str) -> str:
     """How llama.cpp and Ollama run the file, from its directory."""
-    name = slug(f"{parent.rstrip('/').split('/')[-1]}-{recipe['type']}").lower()
+    name = slug(f"{parent.rstrip('/').split('/')[-1]}-{kind}").lower()
     return "\n".join(
         [
-            f"llama-server -m model-{recipe['type']}.gguf",
+            f"llama-server -m model-{kind}.gguf",
             f"ollama create {name} -f Modelfile && ollama run {name}",
         ]
     )

@@ -57,8 +57,8 @@ def codes_of(blocks: Blocks) -> Codes:
 def block_error(
     scales: torch.Tensor, zeros: torch.Tensor, low: torch.Tensor, high: torch.Tensor, kind: BlockType
 ) -> float | None:
-    """How far a scale or minimum of groups is off in blocks of a type of :data:`SIMPLE`, relative to itself: float16 does
-    not hold every one. None where the codes do not hold the levels from ``low`` to ``high``. All [out, groups]."""
+    """How far a scale or minimum of groups is off in blocks of a type of :data:`SIMPLE`, relative to itself: float16
+    does not hold every one. None where the codes do not hold the levels from ``low`` to ``high``. All [out, groups]."""
     if not kind.minimum:
         if int(low.min()) < kind.low or int(high.max()) > kind.low + kind.top:
             return None

@@ -30,9 +30,9 @@ WIDTHS = (2, 3, 4, 8)  # of all layouts of integer codes
 
 @dataclass(frozen=True)
 class Fits:
-    """What holds a linear. ``shape``: [out, in]. ``bits``, ``group_size``: as it is stored now. ``ordered``: columns of a
-    group are neighbours. ``grids``: (bits, symmetric, least zero) of integer codes that hold it. ``scale_errors``: how
-    far a scale is off, by dtype. ``kinds``: block types that hold it, and how far a scale or minimum is off.
+    """What holds a linear. ``shape``: [out, in]. ``bits``, ``group_size``: as it is stored now. ``ordered``: columns of
+    a group are neighbours. ``grids``: (bits, symmetric, least zero) of integer codes that hold it. ``scale_errors``:
+    how far a scale is off, by dtype. ``kinds``: block types that hold it, and how far a scale or minimum is off.
     ``no_blocks``: why it cannot be blocks of 32 columns. ``levels``: the least and the greatest."""
 
     shape: tuple[int, int]
@@ -75,8 +75,8 @@ def fits_of(held: Codes, bits: int, group_size: int) -> Fits:
 
 @dataclass(frozen=True)
 class Allowed:
-    """``tolerance``: how far a scale or minimum may be off, relative to itself. ``widen``: codes may take more bits than
-    they have now. ``dtype``: of the checkpoint's plain tensors."""
+    """``tolerance``: how far a scale or minimum may be off, relative to itself. ``widen``: codes may take more bits
+    than they have now. ``dtype``: of the checkpoint's plain tensors."""
 
     tolerance: float = 0.0
     widen: bool = False
@@ -133,7 +133,11 @@ def choose(
 
 
 def _what_holds(
-    to: str, linears: Mapping[str, Fits], allowed: Allowed, others: tuple[str, ...], together: Callable[[str], str]
+    to: str,
+    linears: Mapping[str, Fits],
+    allowed: Allowed,
+    others: tuple[str, ...],
+    together: Callable[[str], str],
 ) -> str:
     """For the hint: other layouts, and what options would do."""
 
@@ -204,7 +208,9 @@ def _changes(linears: Mapping[str, Fits], chosen: Mapping[str, tuple[int, int]])
     changed = Counter(
         (fits.bits, chosen[name][0]) for name, fits in linears.items() if fits.bits != chosen[name][0]
     )
-    return [f"{count} linears of {old} bits are stored in {new} bits" for (old, new), count in changed.items()]
+    return [
+        f"{count} linears of {old} bits are stored in {new} bits" for (old, new), count in changed.items()
+    ]
 
 
 def _widths(to: str, fits: Fits, allowed: Allowed, symmetric: bool) -> list[int]:
@@ -236,7 +242,11 @@ def _not_alone(to: str, fits: Fits, allowed: Allowed, dtype: str) -> str:
     if held.zero_min and any((bits, sign) in grids for bits in own for sign in (True, False)):
         return "a group has the zero 0, and the layout stores zeros from 1 on"
     fitting = min((bits for bits, _ in grids), default=None)
-    if fitting is not None and fitting in held.bits and (reason := misfit(to, fitting, fits.group_size, columns, rows)):
+    if (
+        fitting is not None
+        and fitting in held.bits
+        and (reason := misfit(to, fitting, fits.group_size, columns, rows))
+    ):
         return reason
     low, high = fits.levels
     wide = ", ".join(map(str, held.bits))
@@ -266,13 +276,14 @@ def _blocks(linears: Mapping[str, Fits], allowed: Allowed, together: Callable[[s
     off = worst = 0.0
     for names in stacks.values():
         errors = {
-            kind.name: max(linears[name].kinds.get(kind.name, float("inf")) for name in names) for kind in SIMPLE
+            kind.name: max(linears[name].kinds.get(kind.name, float("inf")) for name in names)
+            for kind in SIMPLE
         }
         good = [kind for kind, error in errors.items() if error <= allowed.tolerance]
         if not good:
             least = min(errors, key=lambda kind: errors[kind])
             why = (
-                f"its scales would be stored in float16, in which they are off by up to {errors[least]:.2g} of their value"
+                f"its scales would be stored in float16, in which they are off by up to {errors[least]:.2g}"
                 if errors[least] < 1
                 else "no block type holds its codes and scales"
             )

@@ -24,7 +24,7 @@ from quantlab.formats import format_module
 from quantlab.formats.codes import Codes, refit, rounding_error
 from quantlab.formats.gguf.checkpoint import Held, lay_out
 from quantlab.formats.gguf.file import file_bytes
-from quantlab.formats.gguf.groups import blocks_of, codes_of
+from quantlab.formats.gguf.groups import blocks_of
 from quantlab.formats.gguf.pack import pack as pack_blocks
 from quantlab.formats.gguf.pack import unpack
 from quantlab.models.blockwise import BlockwiseModel
@@ -51,8 +51,8 @@ SCALED = ".scales"  # how tensors behind activations end, which some awq checkpo
 class Conversion:
     """A checkpoint and the layout that it is to have. ``made`` by :func:`prepare`.
 
-    fits: what holds each packed linear. choice: how each is stored. plain: all tensors that are not packed and go along,
-    by the dtype that they are stored in.
+    fits: what holds each packed linear. choice: how each is stored. plain: all tensors that are not packed and go
+    along, by the dtype that they are stored in.
     """
 
     source: Source
@@ -159,7 +159,9 @@ def prepare(
     """
     called = source.files.name
     if source.format == to:
-        raise DataError(f"{called} is {to} already", hint=f"--to {' or '.join(n for n in CONVERTED if n != to)}")
+        raise DataError(
+            f"{called} is {to} already", hint=f"--to {' or '.join(n for n in CONVERTED if n != to)}"
+        )
     opened = BlockwiseModel(source.skeleton, "cpu", torch.float32, trust_remote_code)
     allowed = Allowed(tolerance, widen, "float16" if source.format == GGUF else _dtype(source))
     fits: dict[str, Fits] = {}
@@ -253,11 +255,13 @@ def _refuse_misplaced(found: Conversion) -> None:
         hint = "" if to == GGUF else "a GGUF file holds linears outside the blocks too: --to gguf"
         raise DataError(f"{found.source.files.name} cannot be converted to {to}: {said}", hint=hint)
     if layers.stacked and layers.experts & found.fits.keys():
-        raise DataError(f"{found.source.files.name}: its experts are one tensor in the original's files, and are not converted")
+        raise DataError(
+            f"{found.source.files.name}: its experts are one tensor in the original's files, and are not converted"
+        )
 
 
 def _refuse_unwritable(found: Conversion) -> None:
-    """Make the header of the GGUF file, which needs a name for every tensor, a known configuration and the tokenizer."""
+    """Make the header of the GGUF file, which needs a name for every tensor, the configuration and the tokenizer."""
     files, places = found.source.files, places_of(found.source.files)
     held = {f"{name}.weight": Held(kind, found.fits[name].shape) for name, kind in found.choice.kinds.items()}
     held |= {name: Held(info.dtype, info.shape) for name, (info, _) in found.plain.items()}
@@ -300,7 +304,9 @@ def write(found: Conversion, out: Path, progress: Progress) -> CheckpointWriter:
         for index in range(blocks):
             tensors = inside[index]
             for name in packed[index]:
-                tensors |= {key.removeprefix(f"{prefix}.{index}."): t for key, t in _packed(found, name).items()}
+                tensors |= {
+                    key.removeprefix(f"{prefix}.{index}."): t for key, t in _packed(found, name).items()
+                }
             if FORMATS[found.to].unscaled:
                 model_type = opened.config.model_type
                 for name, channels in scaled_activations(opened.blocks[index], model_type).items():
@@ -352,10 +358,14 @@ def _refuse_changed(name: str, before: torch.Tensor, after: torch.Tensor, tolera
     """Hold the weights that were packed, float32 [out, in], against those that were read."""
     if torch.equal(before, after):
         return
-    largest = before.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)  # a minimum moves small weights as much as large
+    largest = (
+        before.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    )  # a minimum moves small weights as much as large
     off = ((after - before).abs() / largest).amax().item()
     if not off <= 2 * tolerance:
-        raise QuantlabError(f"{name}: the converted weights differ by up to {off:.2g} of the largest in their row")
+        raise QuantlabError(
+            f"{name}: the converted weights differ by up to {off:.2g} of the largest in their row"
+        )
 
 
 @dataclass(frozen=True)
@@ -366,7 +376,9 @@ class Proof:
     converted: Mapping[str, Any]
 
 
-def prove(found: Conversion, writer: CheckpointWriter, *, device: str = "cpu", trust_remote_code: bool = False) -> Proof:
+def prove(
+    found: Conversion, writer: CheckpointWriter, *, device: str = "cpu", trust_remote_code: bool = False
+) -> Proof:
     """Load the source and what was made of it in a fresh process, and hold the logits of both against what the codes of
     the source stand for.
 
@@ -405,7 +417,8 @@ def record_of(found: Conversion, proof: Proof | None, seconds: float) -> dict[st
         "experts": bool(found.opened.layers.experts),
         "experts_unread": found.unread,
         "group_sizes": sorted({size for _, size in found.choice.widths.values()}, reverse=True),
-        "kept": made.get("kept") or dict.fromkeys(found.kept, "the checkpoint that was converted has it in 16 bits"),
+        "kept": made.get("kept")
+        or dict.fromkeys(found.kept, "the checkpoint that was converted has it in 16 bits"),
         "converted": chain,
     }
     if proof is not None:
@@ -415,12 +428,16 @@ def record_of(found: Conversion, proof: Proof | None, seconds: float) -> dict[st
 
 
 # What quantlab.json says of one set of files and not of another: a converted checkpoint is none that the recipe made.
-OF_THE_FILES = ("recipe_digest", "verification", "verification_of_source", "forecast", "actual", "widths", "group_sizes",
-                "experts_unread")  # fmt: skip
+OF_THE_FILES = (
+    "recipe_digest", "verification", "verification_of_source", "forecast", "actual", "widths", "group_sizes",
+    "experts_unread",
+)  # fmt: skip
 
 
 def _step(found: Conversion, seconds: float) -> dict[str, Any]:
-    widths: Mapping[str, Any] = found.choice.kinds or {n: bits for n, (bits, _) in found.choice.widths.items()}
+    widths: Mapping[str, Any] = found.choice.kinds or {
+        n: bits for n, (bits, _) in found.choice.widths.items()
+    }
     return {
         "from": found.source.files.name,
         "digest": found.source.digest,

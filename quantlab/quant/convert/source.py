@@ -122,7 +122,9 @@ def open_source(ref: str | Path) -> Source:
     packed = packed_linears(files)
     if not packed:
         raise DataError(f"{files.name} says {kind}, but none of its tensors is packed")
-    plain = {n: t for n, t in files.tensors.items() if n.rpartition(".")[0] not in packed or n.endswith(".bias")}
+    plain = {
+        n: t for n, t in files.tensors.items() if n.rpartition(".")[0] not in packed or n.endswith(".bias")
+    }
     whole = {f"{name}.weight": next(iter(parts.values())) for name, parts in packed.items()}
     return Source(
         files, kind, files.path, files.digest, packed, plain, replace(files, tensors={**plain, **whole})
@@ -130,7 +132,7 @@ def open_source(ref: str | Path) -> Source:
 
 
 def _of_gguf(given: ModelFiles) -> Source:
-    """The model in a GGUF file. Of a checkpoint that quantlab wrote, configuration and tokenizer are those beside it."""
+    """The model in a GGUF file. Of a checkpoint by quantlab, configuration and tokenizer are those beside it."""
     files, path = given, given.weight_files[0]
     if given.encoding is None:
         config = {key: value for key, value in given.config.items() if key != "quantization_config"}
