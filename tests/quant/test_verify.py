@@ -103,7 +103,7 @@ def intended(tiny: Path, checkpoint: Path) -> torch.Tensor:
     """Logits of the original model with the checkpoint's weights written into it, loaded whole: another way to the same
     numbers."""
     from quantlab.formats import format_module
-    from quantlab.quant.verify.reference_logits import packed_linears, width_of
+    from quantlab.quant.verify.reference_logits import packed_linears
     from quantlab.registry.formats import FORMATS
 
     files = open_files(checkpoint)
@@ -121,7 +121,9 @@ def intended(tiny: Path, checkpoint: Path) -> torch.Tensor:
             for s in FORMATS[config["quant_method"]].suffixes
             if f"{name}.{s}" in stored
         }
-        bits, size = width_of(config, name)
+        groups = config.get("config_groups")
+        told = groups["group_0"]["weights"] if groups else config
+        bits, size = told["num_bits" if groups else "bits"], told["group_size"] or -1
         codes, scales, zeros, group = reader.unpack(parts, bits=bits, group_size=size)
         state[f"{name}.weight"].copy_((codes.float() - zeros[:, group]) * scales[:, group])
     for name, tensor in stored.items():

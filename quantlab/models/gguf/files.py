@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from quantlab import __version__
@@ -35,14 +36,36 @@ def open_gguf(name: str, file: Path) -> ModelFiles:
     header = read_header(file)
     described = describe(header, name)
     path = _folder(header, described, name)
-    tensors = {
-        tensor: TensorInfo(tensor, file, "F32", reader.shape, reader.start, reader=reader)
-        for tensor, reader in described.tensors.items()
-    }
     return ModelFiles(
-        name, path, read_json(path / "config.json"), tensors, WeightFiles((file,), None, ()),
+        name, path, read_json(path / "config.json"), _infos(described, file), WeightFiles((file,), None, ()),
         plain=described.plain, encoding=described.encoding,
     )  # fmt: skip
+
+
+def with_tensors(files: ModelFiles) -> ModelFiles:
+    """A checkpoint whose weights are one GGUF file, with the tensors of that file; configuration and tokenizer are
+    those beside it.
+
+    Raises:
+        DataError: as :func:`open_gguf`.
+    """
+    (file,) = files.weight_files
+    described = describe(read_header(file), files.name)
+    config = {key: value for key, value in files.config.items() if key != "quantization_config"}
+    return replace(
+        files,
+        config=config,
+        tensors=_infos(described, file),
+        plain=described.plain,
+        encoding=described.encoding,
+    )
+
+
+def _infos(described: Described, file: Path) -> dict[str, TensorInfo]:
+    return {
+        name: TensorInfo(name, file, "F32", reader.shape, reader.start, reader=reader)
+        for name, reader in described.tensors.items()
+    }
 
 
 def _folder(header: Header, described: Described, called: str) -> Path:

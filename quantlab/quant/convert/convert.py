@@ -390,7 +390,7 @@ def prove(
 
     source = found.source
     rows = probe_rows(None, int(found.opened.config.get_text_config().vocab_size))
-    expected = expected_of(source.path, rows, trust_remote_code)
+    expected = expected_of(source.files, rows, trust_remote_code)
     layers = found.opened.layers
     apart = bool(layers.experts & found.fits.keys()) and source.format != GGUF
     claims = [

@@ -15,6 +15,7 @@ from quantlab.formats import format_module
 from quantlab.formats.codes import Codes
 from quantlab.formats.gguf.groups import codes_of
 from quantlab.formats.gguf.pack import unpack
+from quantlab.models.gguf.files import with_tensors
 from quantlab.models.gguf.weights import GgufTensor
 from quantlab.models.refusals import refuse_unusable
 from quantlab.models.safetensors.files import ModelFiles, TensorInfo, open_files
@@ -135,8 +136,7 @@ def _of_gguf(given: ModelFiles) -> Source:
     """The model in a GGUF file. Of a checkpoint by quantlab, configuration and tokenizer are those beside it."""
     files, path = given, given.weight_files[0]
     if given.encoding is None:
-        config = {key: value for key, value in given.config.items() if key != "quantization_config"}
-        files = replace(open_files(path), name=given.name, path=given.path, config=config)
+        files, path = with_tensors(given), given.path
     inside = {f"{name}.weight" for name in files.block_linears()}
     packed = {
         name.removesuffix(".weight"): {"weight": info}

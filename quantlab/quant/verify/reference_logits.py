@@ -233,9 +233,12 @@ def _entering(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor])
             handle.remove()
 
 
-def expected_of(checkpoint: Path, rows: torch.Tensor, trust_remote_code: bool = False) -> Expected:
+def expected_of(
+    checkpoint: Path | ModelFiles, rows: torch.Tensor, trust_remote_code: bool = False
+) -> Expected:
     """What a finished checkpoint should compute, from its own files: where no walk was followed."""
-    return Expected(*_streamed(checkpoint, rows, trust_remote_code, twice=True).chunk(2))
+    files = checkpoint if isinstance(checkpoint, ModelFiles) else open_files(checkpoint)
+    return Expected(*_streamed(files, rows, trust_remote_code, twice=True).chunk(2))
 
 
 def streamed_logits(checkpoint: Path, rows: torch.Tensor, trust_remote_code: bool = False) -> torch.Tensor:
@@ -245,11 +248,10 @@ def streamed_logits(checkpoint: Path, rows: torch.Tensor, trust_remote_code: boo
     Raises:
         DataError: the checkpoint's files are bad, or packed in a way that quantlab does not write.
     """
-    return _streamed(checkpoint, rows, trust_remote_code, twice=False)
+    return _streamed(open_files(checkpoint), rows, trust_remote_code, twice=False)
 
 
-def _streamed(checkpoint: Path, rows: torch.Tensor, trust_remote_code: bool, *, twice: bool) -> torch.Tensor:
-    files = open_files(checkpoint)
+def _streamed(files: ModelFiles, rows: torch.Tensor, trust_remote_code: bool, *, twice: bool) -> torch.Tensor:
     packed = packed_linears(files)
     plain = {
         n: t for n, t in files.tensors.items() if n.rpartition(".")[0] not in packed or n.endswith(".bias")
