@@ -238,7 +238,7 @@ def test_what_cannot_be_held_is_refused(
     assert re.search(hint, refused.value.hint), refused.value.hint
     assert not list(tmp_path.iterdir())
     if ORDERED in said:
-        assert "self_attn.q_proj" in str(refused.value) and "(3)" in str(refused.value)
+        assert "self_attn.q_proj (3)" in str(refused.value)
 
 
 def test_wider_codes_where_it_is_asked_for(made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from quantlab.registry.formats import FORMATS, misfit
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SCALES = "float16"  # what formats with a type of their own for scales store them in
-SHOWN = 3  # reasons in a message
 WIDTHS = (2, 3, 4, 8)  # of all layouts of integer codes
 
 
@@ -123,13 +122,19 @@ def choose(
     try:
         return _choose(to, linears, allowed, together)
     except Unfit as unfit:
-        counts = alike(unfit.reasons)
-        said = "; ".join(f"{name} ({count}): {why}" for (name, why), count in list(counts.items())[:SHOWN])
-        more = f"; and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
         raise DataError(
-            f"{called} cannot be converted to {to} without a change: {said}{more}",
+            f"{called} cannot be converted to {to} without a change: {listed(unfit.reasons)}",
             hint=_what_holds(to, linears, allowed, others, together),
         ) from None
+
+
+def listed(reasons: Mapping[str, str]) -> str:
+    """Linears and why they are not held, for a message: each reason with the names it is about, the same in every
+    block."""
+    said: dict[str, list[str]] = {}
+    for (name, why), count in alike(reasons).items():
+        said.setdefault(why, []).append(f"{name} ({count})")
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in said.items())
 
 
 def _what_holds(

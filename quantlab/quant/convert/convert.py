@@ -36,9 +36,9 @@ from quantlab.paths import slug
 from quantlab.progress import Progress
 from quantlab.quant.block_selection import places_of
 from quantlab.quant.checkpoint import CheckpointWriter
-from quantlab.quant.convert.choose import DTYPES, Allowed, Choice, Fits, choose, fits_of
+from quantlab.quant.convert.choose import DTYPES, Allowed, Choice, Fits, choose, fits_of, listed
 from quantlab.quant.convert.source import CONVERTED, GGUF, Source
-from quantlab.quant.selection import alike, reads_experts
+from quantlab.quant.selection import reads_experts
 from quantlab.registry import load
 from quantlab.registry.block_types import BLOCK_TYPES
 from quantlab.registry.formats import FORMATS, Contents
@@ -251,9 +251,10 @@ def _refuse_misplaced(found: Conversion) -> None:
         elif name not in layers.shapes and not held.types:
             reasons[name] = "it lies outside the blocks, where readers of the layout expect no packed linear"
     if reasons:
-        said = "; ".join(f"{name} ({count}): {why}" for (name, why), count in alike(reasons).items())
         hint = "" if to == GGUF else "a GGUF file holds linears outside the blocks too: --to gguf"
-        raise DataError(f"{found.source.files.name} cannot be converted to {to}: {said}", hint=hint)
+        raise DataError(
+            f"{found.source.files.name} cannot be converted to {to}: {listed(reasons)}", hint=hint
+        )
     if layers.stacked and layers.experts & found.fits.keys():
         raise DataError(
             f"{found.source.files.name}: its experts are one tensor in the original's files, and are not converted"
