@@ -77,7 +77,7 @@ def demo(
     """Run everything on the embedded model: base, distilled student, eight quantized students. Offline, minutes."""
     from quantlab.commands.guard import guarded
 
-    with guarded(debug=debug, as_json=as_json):
+    with guarded(debug=debug, as_json=as_json, interrupted="run it again: it goes on where it stopped"):
         from quantlab.demo import run
 
         run(out, device=device, as_json=as_json)
@@ -132,9 +132,9 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Quantize a model with one or more recipes, measure the saved checkpoints, and rank them."""
-    from quantlab.commands.guard import guarded
+    from quantlab.commands.guard import RESUME, guarded
 
-    with guarded(debug=debug, as_json=as_json):
+    with guarded(debug=debug, as_json=as_json, interrupted=RESUME):
         from quantlab.commands.quantize import Options, run
         from quantlab.commands.sizes import size_of
 
@@ -295,9 +295,9 @@ def distill(
     debug: Debug = False,
 ) -> None:
     """Train a small student on a teacher's cleaned answers and compare it with its base."""
-    from quantlab.commands.guard import guarded
+    from quantlab.commands.guard import RESUME, guarded
 
-    with guarded(debug=debug, as_json=as_json):
+    with guarded(debug=debug, as_json=as_json, interrupted=RESUME):
         from quantlab.commands.distill import run
         from quantlab.commands.distill_plan import Options
 
@@ -375,9 +375,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a model or checkpoint as stored, or score SQL that was written elsewhere."""
-    from quantlab.commands.guard import guarded
+    from quantlab.commands.guard import RESUME, guarded
 
-    with guarded(debug=debug, as_json=as_json):
+    with guarded(debug=debug, as_json=as_json, interrupted=RESUME):
         from quantlab.commands.evaluate import Options, run_either
 
         run_either(

@@ -22,24 +22,24 @@ from typing import Any, NoReturn
 from quantlab.errors import MachineError, QuantlabError
 
 
+RESUME = "run the same command with --resume to continue"
+
+
 class Interrupted(BaseException):
     """SIGTERM or Ctrl-C. A BaseException: nothing on the way may take it for a failed sample."""
 
 
 @contextlib.contextmanager
-def guarded(*, debug: bool = False, as_json: bool = False) -> Iterator[None]:
-    """Run a verb's work; leaves the process through SystemExit with the right code when it fails."""
+def guarded(*, debug: bool = False, as_json: bool = False, interrupted: str = "") -> Iterator[None]:
+    """Run a verb's work; leaves the process through SystemExit with the right code when it fails. ``interrupted``:
+    what to do when it was."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:
         signal.signal(number, _interrupt)
     try:
         yield
     except Interrupted:
-        _fail(
-            QuantlabError("interrupted", hint="run the same command with --resume to continue"),
-            debug,
-            as_json,
-        )
+        _fail(QuantlabError("interrupted", hint=interrupted), debug, as_json)
     except QuantlabError as error:
         _fail(error, debug, as_json)
     except BrokenPipeError:
