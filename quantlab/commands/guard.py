@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 from quantlab.errors import MachineError, QuantlabError
 
-
 RESUME = "run the same command with --resume to continue"
 
 
