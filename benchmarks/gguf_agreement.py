@@ -67,11 +67,12 @@ def loss_of(logits: torch.Tensor, row: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def continuation(model: LoadedModel, prompt: torch.Tensor, tokens: int) -> list[int]:
-    """Greedy, by the logits of a whole row each time: no cache, the same for everybody."""
-    row = prompt[None]
+    """The most likely tokens behind a prompt, one after the other."""
+    fed, past, found = prompt[None], None, list[int]()
     for _ in range(tokens):
-        row = torch.cat([row, model.model(input_ids=row).logits[:, -1:].argmax(dim=-1)], dim=1)
-    found: list[int] = row[0, len(prompt) :].tolist()
+        output = model.model(input_ids=fed, past_key_values=past, use_cache=True, logits_to_keep=1)
+        fed, past = output.logits[:, -1:].argmax(dim=-1), output.past_key_values
+        found.append(int(fed))
     return found
 
 
