@@ -275,6 +275,55 @@ def calibration(
 
 
 @app.command()
+def layers(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT|RECIPE", help="A checkpoint of quantlab's, or a recipe to try on --model."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="What a recipe is tried on; of a checkpoint the original, to measure what it lacks.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option("--budget", metavar="PERCENT", help="How much larger the quantized layers may become."),
+    ] = "5%",
+    average_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--average-bits", metavar="BITS", help="In place of --budget: bits a code on average, as 3.25."
+        ),
+    ] = None,
+    bits: Annotated[int, typer.Option("--bits", help="What the overrides give a layer: 4 or 8.")] = 8,
+    top: Annotated[int, typer.Option("--top", min=0, help="Layers to print, 0 for all.")] = 20,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Write a heat map of layers and blocks, an SVG."),
+    ] = None,
+    overrides: Sets = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show which layers hurt, and the overrides that a budget is best spent on."""
+    from quantlab.commands.guard import guarded
+
+    with guarded(debug=debug, as_json=as_json):
+        from quantlab.commands.layers import Options, run
+
+        options = Options(
+            model, budget, average_bits, bits, top, plot, tuple(overrides or ()), device, trust_remote_code
+        )
+        run(what, options, as_json=as_json)
+
+
+@app.command()
 def distill(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled name.")],
     out: Annotated[

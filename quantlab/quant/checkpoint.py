@@ -56,6 +56,7 @@ class CheckpointWriter:
         self.finished = self.work  # the directory that gets the checkpoint's name
         self.losses: dict[str, float] = {}
         self.starved: dict[str, int] = {}  # experts with too few tokens: how many
+        self.facts: dict[str, Any] = {}  # what inputs and outputs of layers are like (``layer_facts``)
         whole = {**key, "version": __version__, "dtype": str(dtype), "blocks": f"{prefix} x {blocks}"}
         refuse_second_writer(self.state)
         if resume and self.work.is_dir() and read_object(self.state / "resume.json") == whole:
@@ -65,6 +66,7 @@ class CheckpointWriter:
                 if self.has_block(index):
                     self.losses.update(read_object(self._loss_file(index)) or {})
                     self.starved.update(read_object(self._starved_file(index)) or {})
+                    self.facts.update(read_object(self._facts_file(index)) or {})
         else:
             for folder in (self.work, self.state):
                 if folder.exists():
@@ -90,6 +92,9 @@ class CheckpointWriter:
     def _starved_file(self, index: int) -> Path:
         return self.state / f"starved-{index:05d}.json"
 
+    def _facts_file(self, index: int) -> Path:
+        return self.state / f"facts-{index:05d}.json"
+
     def has_block(self, index: int) -> bool:
         """Whether the block is solved and safely written."""
         return self._block_file(index).is_file()
@@ -105,10 +110,11 @@ class CheckpointWriter:
         loss: Mapping[str, float],
         keep: Mapping[str, torch.Tensor] | None = None,
         starved: Mapping[str, int] | None = None,
+        facts: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Write one block's tensors (names relative to the block; those in a file are copied), then they count as
         done. ``keep`` are tensors to be had again by :meth:`kept` after a kill, written before the block counts;
-        ``starved`` as :attr:`starved`."""
+        ``starved`` and ``facts`` as the attributes."""
         named = {f"{self.prefix}.{index}.{n}": self._stored(n, t) for n, t in tensors.items()}
         losses = {f"{self.prefix}.{index}.{n}": v for n, v in loss.items()}
         self.losses.update(losses)
@@ -117,6 +123,10 @@ class CheckpointWriter:
             few = {f"{self.prefix}.{index}.{n}": tokens for n, tokens in starved.items()}
             self.starved.update(few)
             atomic_write_text(self._starved_file(index), json.dumps(few))
+        if facts:
+            found = {f"{self.prefix}.{index}.{n}": dict(fact) for n, fact in facts.items()}
+            self.facts.update(found)
+            atomic_write_text(self._facts_file(index), json.dumps(found))
         if keep:
             _write(self._kept_file(index), {name: in_memory(t) for name, t in keep.items()})
         _write(self._block_file(index), named)

@@ -10,6 +10,7 @@ and publish, each a function here.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab import __version__
-from quantlab.errors import DataError, MachineError, RecipeError
+from quantlab.errors import DataError, MachineError, RecipeError, first_line
 from quantlab.models.refusals import wrapping
 from quantlab.models.safetensors.files import ModelFiles, open_files
 from quantlab.paths import slug
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from quantlab.quant.imatrix_store import ImatrixStore, Importance, Statistics
     from quantlab.quant.mixed_precision.choose import Choice
     from quantlab.quant.mixed_precision.choose_types import TypeChoice
+    from quantlab.quant.mixed_precision.error_cost import Seen
     from quantlab.quant.mixed_precision.type_costs import Diagonals
     from quantlab.quant.sequential import Plan, SequentialPass
     from quantlab.quant.verify.reference_logits import ReferencePass
@@ -212,6 +214,9 @@ class _Group:
     diagonals: Diagonals | None = (
         None  # of a pass that was made to choose them, where that is all that is needed
     )
+    sensitivity: dict[str, float] = field(default_factory=dict)  # by layer; empty where it was not measured
+    # By job, what the error of each layer costs; without those where it cannot be told.
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def sharing(self) -> list[str]:
@@ -244,6 +249,7 @@ def _quantize_group(
     group = _prepare(jobs, files, device, progress, settings)
     forecasts = _forecasts(group) if settings.verify else []
     walk = _solve(group)
+    group.sensitivity = _sensitivities(group)
     solving = sum(plan.seconds for several in group.plans for plan in several)
     common = time.perf_counter() - started - solving
     finished = [
@@ -433,6 +439,47 @@ def _solve(group: _Group) -> SequentialPass:
     return walk
 
 
+def _sensitivities(group: _Group) -> dict[str, float]:
+    """What a unit of each layer's output error costs the model, for the record and for `bits: auto`; and in
+    ``group.costs`` what the errors that were written cost. Where nothing depends on it, it is left out when memory is
+    short or no forward pass is wanted, and a model that cannot be differentiated is quantized without it.
+
+    Raises:
+        ValueError: with `bits: auto`, as ``sensitivities``.
+    """
+    import torch
+
+    from quantlab.quant.mixed_precision.sensitivity import ROWS, SEQ_LEN, sensitivities
+    from quantlab.quant.sequential import stored_weights
+
+    settings, wanted = group.settings, bool(group.open_plans)
+    if group.rows is None or not (wanted or (settings.memory_limit is None and settings.statistics is None)):
+        return {}
+    opened, rows = group.opened, group.rows[:ROWS, :SEQ_LEN]
+    comparable = {
+        job.name: several[0]
+        for job, several in zip(group.jobs, group.plans, strict=True)
+        if job.name not in group.open_plans and "folds" not in METHODS[job.recipe.method].needs
+    }
+
+    @torch.no_grad()
+    def watch(index: int, block: torch.nn.Module, seen: Seen) -> None:
+        for job, plan in comparable.items():
+            found = seen.costs(block, stored_weights(opened, plan, index, block), rows.numel())
+            named = {opened.names.on_disk(f"{opened.prefix}.{index}.{n}"): cost for n, cost in found.items()}
+            group.costs.setdefault(job, {}).update(named)
+
+    try:
+        with group.progress.task("measuring sensitivities", total=2 * len(group.opened.blocks)) as advance:
+            return sensitivities(opened, rows, advance=advance, watch=watch if comparable else None)
+    except Exception as error:  # whatever a model's own code raises when it is differentiated
+        if wanted:
+            raise
+        group.costs.clear()
+        group.progress.note(f"the layers' sensitivities are not recorded: {first_line(error)}")
+        return {}
+
+
 def _open_walk(group: _Group, plans: Sequence[Plan]) -> SequentialPass:
     from quantlab.quant.hessian_store import StatisticsStore
     from quantlab.quant.imatrix_store import Keep, KeepBoth
@@ -502,10 +549,11 @@ def _choose_widths(group: _Group, job: Job, solved: Sequence[Plan], walk: Sequen
 
     opened, folds = group.opened, walk.structures
     found = [folds.of(i, block) for i, block in enumerate(opened.blocks)] if folds else []
-    assert group.rows is not None and job.recipe.target_bits is not None
+    assert job.recipe.target_bits is not None
     return choose(
-        group.open_plans[job.name], solved, opened, group.rows, job.recipe.target_bits,
+        group.open_plans[job.name], solved, opened, job.recipe.target_bits,
         group.probe, group.progress, found if "folds" in METHODS[job.recipe.method].needs else [],
+        measured=group.sensitivity,
     )  # fmt: skip
 
 
@@ -533,6 +581,7 @@ def _verify_and_publish(
         record |= {"group_sizes": one.plan.selection.sizes(), "kept": dict(one.plan.selection.kept)}
         if writer.starved:
             record["starved_experts"] = dict(sorted(writer.starved.items()))
+        record["layers"] = _layer_record(group, one.plan, outcome)
         if outcome.widths:
             record["widths"] = outcome.widths
         if outcome.types:
@@ -542,6 +591,24 @@ def _verify_and_publish(
             took = actual(size, peak_resident() - before, outcome.seconds)
             record |= {"verification": found.record(), "forecast": forecasts[i], "actual": took}
         writer.publish(record)
+
+
+def _layer_record(group: _Group, plan: Plan, outcome: Outcome) -> dict[str, dict[str, Any]]:
+    """How each quantized layer is stored, what its inputs and outputs are like, and what an error in them costs, as far
+    as it was measured: what `quantlab layers` reads."""
+    from quantlab.quant.mixed_precision.error_cost import without_correction
+
+    chosen, costs, found = outcome.widths.get("layers", {}), group.costs.get(outcome.job.name, {}), {}
+    for name, width in plan.selection.widths.items():
+        stored = {"bits": chosen.get(name, width.bits), "group_size": width.group_size}
+        named = {key: value for key, value in (("method", width.method), ("type", width.type)) if value}
+        measured = {"sensitivity": group.sensitivity[name]} if name in group.sensitivity else {}
+        shape = {"weights": math.prod(group.opened.layers.shapes[name])}
+        facts = plan.writer.facts.get(name, {})
+        if name in costs and name in outcome.loss:
+            measured["divergence"] = without_correction(costs[name], facts, outcome.loss[name])
+        found[name] = stored | named | shape | facts | measured
+    return found
 
 
 def _verifications(

@@ -27,7 +27,7 @@ from quantlab.formats import format_module
 from quantlab.models.activations import Activations
 from quantlab.models.block_inputs import BlockInputs
 from quantlab.models.blockwise import BlockwiseModel, batches, run_block
-from quantlab.models.layers import as_weight, linears
+from quantlab.models.layers import as_weight, linears, matrix
 from quantlab.models.memory import trim
 from quantlab.models.safetensors.files import TensorInfo
 from quantlab.models.scale_folding import PROBE_ROWS, PROBE_TOKENS, ScaleFolds
@@ -47,9 +47,10 @@ from quantlab.quant.drift import (
     stages,
     widest,
 )
-from quantlab.quant.grid import Grid, Quantized
+from quantlab.quant.grid import Grid, Quantized, layer_loss
 from quantlab.quant.hessian import Collector, InputHessian, StopForward, fill_up
 from quantlab.quant.imatrix_store import Keep, Statistics
+from quantlab.quant.layer_facts import layer_facts
 from quantlab.quant.selection import Selection
 from quantlab.quant.verify.reference_logits import ReferencePass
 from quantlab.registry import load
@@ -274,6 +275,10 @@ class _Step:
     block: nn.Module
     # Experts with too few tokens: how many, by name relative to the block in the files.
     starved: dict[str, int] = field(default_factory=dict)
+    # What inputs and outputs of the layers are like, by the same names.
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # By plan that moves layers before it rounds them: their losses against the layers as they were, by the same names.
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def run(self, stream: Stream, *, last: bool) -> None:
         states, pending = stream.states, [p for p in stream.plans if not p.writer.has_block(self.index)]
@@ -284,6 +289,8 @@ class _Step:
         paired = KeptInputs(max(map(len, stream.own.values()), default=0), states.shape[1] if states else 0)
         moments, moved = self._moments(stream, pending, behind, last or bool(holds), paired)
         self.starved = {self._stored(name): tokens for name, tokens in fill_up(moments).items()}
+        weights = {name: matrix(layer) for name, layer in linears(self.block).items()} if moments else {}
+        self.facts = {self._stored(name): fact for name, fact in layer_facts(weights, moments).items()}
         forward = None
         if holds and states is not None:
             call, at_once = self.walk.calls[self.index], self._rows_at_once(states)
@@ -409,6 +416,12 @@ class _Step:
             mine = replace(seen, moments=stage, stored=stored)
             result = load(plan.solver)(mine, [grids], **plan.options)[0]
             result = self._overridden(plan, mine, result, names)
+            hessians = {name: one.hessian for one in stage if one.tokens for name in one.layers}
+            for name in result.loss.keys() & hessians.keys():
+                error = layer_loss(
+                    seen.weight(name), result.quantized[name].dequantize().float(), hessians[name]
+                )
+                self.errors.setdefault(plan.name, {})[self._stored(name)] = error.item()
             whole.quantized |= result.quantized
             whole.replaced |= result.replaced
             whole.loss |= result.loss
@@ -510,9 +523,10 @@ class _Step:
                 tensors[self._stored(name)] = torch.ones(channels, dtype=plan.writer.dtype)
         tensors |= self._carried(split)
         losses = {self._stored(n): v for n, v in result.loss.items()}
-        plan.writer.write_block(
-            self.index, tensors, losses, None if plan.probe is None else {"probe": plan.probe}, self.starved
-        )
+        kept = None if plan.probe is None else {"probe": plan.probe}
+        errors = {name: {"error": error} for name, error in self.errors.get(plan.name, {}).items()}
+        facts = {name: fact | errors.get(name, {}) for name, fact in self.facts.items() if name in losses}
+        plan.writer.write_block(self.index, tensors, losses, kept, self.starved, facts)
 
     def _fixed(self, plan: Plan) -> frozenset[str]:
         """Parameters of the block that no scale can be moved into: those that the checkpoint holds in another form than
@@ -614,6 +628,20 @@ class _Step:
             else:  # computed from others in the files, or a part of one
                 full = self._on_disk(name)
                 yield name, parameter.detach().to(plan.writer.dtype_of(full, parameter.dtype))
+
+
+def stored_weights(
+    opened: BlockwiseModel, plan: Plan, index: int, block: nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The quantized layers of a block that a plan has written: names in the block, and weights as the block holds
+    them, one at a time."""
+    step = _Step(opened, SequentialPass([], []), index, block)
+    layers = {
+        f"{name}.weight": name for name in linears(block) if step._on_disk(name) in plan.selection.widths
+    }
+    for name, value in step._stored_values(plan):
+        if name in layers:
+            yield layers[name], value
 
 
 @dataclass

@@ -15,8 +15,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from quantlab.errors import RecipeError
 from quantlab.formats import format_module
 from quantlab.models.blockwise import BlockwiseModel
@@ -26,7 +24,6 @@ from quantlab.quant.block import BlockResult
 from quantlab.quant.checkpoint import CheckpointWriter
 from quantlab.quant.grid import Quantized
 from quantlab.quant.mixed_precision.allocate import Allocation, BudgetError, Layer, allocate
-from quantlab.quant.mixed_precision.sensitivity import ROWS, SEQ_LEN, sensitivities
 from quantlab.quant.sequential import Plan
 from quantlab.quant.verify.reference_logits import ReferencePass
 from quantlab.registry.formats import FORMATS, fitting_widths
@@ -69,24 +66,22 @@ def choose(
     plan: Plan,
     solved: Sequence[Plan],
     opened: BlockwiseModel,
-    rows: torch.Tensor,
     target_bits: float,
     probe: ReferencePass | None,
     progress: Progress,
     structures: Sequence[ScaleFolds] = (),
+    *,
+    measured: Mapping[str, float],
 ) -> Choice:
     """Choose a width for every layer and put the checkpoint's blocks together from those that were solved.
 
     Args:
         plan: of the checkpoint to make. solved: one plan a width, all of whose blocks are written.
-        rows: calibration token ids int64 [rows, seq_len]; a corner of them measures the sensitivities.
-        structures: of each block, where scales were folded.
+        structures: of each block, where scales were folded. measured: sensitivities, by layer.
 
     Raises:
         RecipeError: the target is smaller than the layers allow.
     """
-    with progress.task("measuring sensitivities", total=2 * len(opened.blocks)) as advance:
-        measured = sensitivities(opened, rows[:ROWS, :SEQ_LEN], advance=advance)
     layers, tied = _layers(plan, solved, opened, measured, structures)
     try:
         allocation = allocate(layers, target_bits, tied=tied)
@@ -147,11 +142,13 @@ def _assemble(
     chosen = {name.removeprefix(prefix): bits for name, bits in widths.items() if name.startswith(prefix)}
     blocks = {bits: by_bits[bits].writer.read_block(index) for bits in {*chosen.values()}}
     reader, suffixes = format_module(plan.layout), FORMATS[plan.layout].suffixes
-    tensors, result, loss = {}, BlockResult(), {}
+    tensors, result, loss, facts = {}, BlockResult(), {}, {}
     for name, bits in chosen.items():
         parts = {s: blocks[bits][f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in blocks[bits]}
         tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in parts.items()})
         loss[name] = by_bits[bits].writer.losses[prefix + name]
+        if prefix + name in by_bits[bits].writer.facts:
+            facts[name] = by_bits[bits].writer.facts[prefix + name]
         size = plan.selection.widths[prefix + name].group_size
         codes, scales, zeros, group_of = reader.unpack(parts, bits=bits, group_size=size)
         result.quantized[_inside(opened, index, prefix + name)] = Quantized(
@@ -169,7 +166,7 @@ def _assemble(
     if plan.probe is not None and probe is not None:
         plan.probe = probe.through(index, plan.probe, result)
     if not plan.writer.has_block(index):
-        plan.writer.write_block(index, tensors, loss)
+        plan.writer.write_block(index, tensors, loss, facts=facts)
 
 
 def _owners(folds: ScaleFolds, quantized: Collection[str]) -> dict[str, str]:
