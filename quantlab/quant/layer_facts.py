@@ -36,7 +36,7 @@ def layer_facts(
     for one in moments:
         if not one.tokens:
             continue
-        count, largest = outliers(torch.diagonal(one.hessian))
+        count, largest = outliers(one.diagonal)
         for name in one.layers:
             if name in weights:
                 weight = weights[name].detach().to(torch.float32)
