@@ -88,6 +88,10 @@ def test_a_planted_layer_is_named_first(checkpoint: Path, capsys: pytest.Capture
     assert (first["name"], first["block"], first["projection"]) == (PLANTED, 1, "mlp.down_proj")
     assert first["share"] > 0.5 and first["suggested"] and len(found["layers"]) == 21
     assert sum(row["share"] for row in found["layers"]) == pytest.approx(1)
+    stored = sum(
+        row["weights"] * (3 + 16 / 32) / 8 for row in found["layers"]
+    )  # bytes, scales of groups of 32 included
+    assert stored * 0.2 < found["suggestion"]["extra_bytes"] <= stored * 0.3
     assert next(iter(found["suggestion"]["overrides"])) == PLANTED
     assert found["suggestion"]["saved"] > 0.5 and found["divergence"] > 0
 
@@ -280,3 +284,31 @@ def test_the_heat_map_shows_every_layer_once() -> None:
     assert "block 2, mlp.experts.*.up: 60.00%" in said
     assert sum("an override is suggested" in words for words in said) == 2
     assert colour(1.0, 1.0) == "#96143c" and colour(0.0, 1.0) == colour(1e-9, 1.0) == "#f7f7f2"
+
+
+def test_a_gguf_recipe_gets_a_type() -> None:
+    """Sizes are those of the block types: 4.5 bits a weight of Q4_K, 8.5 of Q8_0."""
+    wish = QuantizeRecipe.model_validate(
+        {"method": "gptq", "format": "gguf", "overrides": {"o": {"type": "Q6_K"}}}
+    )
+    layers = {
+        f"m.layers.{n}.{leaf}": {
+            "bits": 4,
+            "group_size": 32,
+            "type": "Q4_K",
+            "weights": 25_600,
+            "divergence": (1.0 + n) * weight,
+        }
+        for n in range(4)
+        for leaf, weight in (("q", 1.0), ("k", 1.5))
+    }
+    record = {"recipe": wish.content(), "parent": "m", "layers": layers, "loss": dict.fromkeys(layers, 1.0)}
+    growth = 4 * 25_600 / (8 * 25_600 * 4.5)
+    found = verb.examine("m", record, verb.Options(), growth)["suggestion"]
+    assert len(found["overrides"]) == 1 and found["extra_bytes"] == 25_600 * 4 // 8
+    piece = yaml.safe_load(found["yaml"])
+    assert list(piece) == ["overrides"]
+    assert list(piece["overrides"].items()) == [("m.layers.3.k", {"type": "Q8_0"}), ("o", {"type": "Q6_K"})]
+    assert not verb.examine("m", record, verb.Options(), growth * 0.99)["suggestion"]["overrides"]
+    with pytest.raises(RecipeError, match="the wider type is Q8_0"):
+        verb.examine("m", record, verb.Options(bits=6), growth)

@@ -231,7 +231,9 @@ def suggested(
     weights = sum(record.weights for record in records)
     codes = sum(record.weights * stored.get(record.type, record.bits) for record in records)
     if options.average_bits is None:
-        budget = share * (codes + (0 if types else _scales(records, recipe)))
+        # A scale of 16 bits a group; what a row has for itself is nothing to speak of.
+        scales = sum(16 * r.weights / r.group_size for r in records if r.group_size > 0 and not types)
+        budget = share * (codes + scales)
     else:
         budget = options.average_bits * weights - codes
         if budget <= 0:
@@ -241,12 +243,6 @@ def suggested(
             )
     tied = kin([record.name for record in records], whole=not types)
     return suggest(records, budget, bits=options.bits, stored=stored, tied=tied)
-
-
-def _scales(records: Sequence[LayerRecord], recipe: Mapping[str, Any]) -> float:
-    """Bits of the scales, 16 a group; of per-channel scales nothing to speak of."""
-    size = recipe.get("group_size")
-    return sum(16 * r.weights / size for r in records) if isinstance(size, int) and size > 0 else 0.0
 
 
 def fragment(

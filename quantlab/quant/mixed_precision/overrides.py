@@ -30,7 +30,8 @@ EXPERT = re.compile(r"\.experts\.\d+\.")
 class LayerRecord:
     """What a run recorded of one quantized layer; None is what it did not measure.
 
-    weights: how many it has. bits: of a code; ``type``: the block type, in formats that have those.
+    weights: how many it has. bits: of a code; group_size: inputs that share a scale, -1 for all of a row; ``type``: the
+    block type, in formats that have those.
     loss: mean squared output error a token. output: mean squared output a token. sensitivity: nats a token that a unit
     of loss costs; ``divergence``: that this error costs. outliers: input channels that stand out;
     ``largest``: (channel, times the median) of some of them.
@@ -39,6 +40,7 @@ class LayerRecord:
     name: str
     weights: int
     bits: int
+    group_size: int = -1
     type: str = ""
     loss: float | None = None
     output: float | None = None
@@ -69,7 +71,9 @@ def read_records(made: Mapping[str, Any]) -> list[LayerRecord]:
     for name, one in (made.get("layers") or {}).items():
         largest = tuple((int(channel), float(times)) for channel, times in one.get("largest", ()))
         told = {
-            key: one[key] for key in ("type", "output", "sensitivity", "divergence", "outliers") if key in one
+            key: one[key]
+            for key in ("group_size", "type", "output", "sensitivity", "divergence", "outliers")
+            if key in one
         }
         found.append(
             LayerRecord(name, one["weights"], one["bits"], loss=loss.get(name), largest=largest, **told)
