@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     mean = statistics.fmean(row["gain"] for row in rows[1:])
     best = max(row["gain"] for row in rows[1:])
     return {
-        "machine": machine.describe(), "model": str(args.model), "recipe": recipe.content(), "kl": before,
+        "machine": machine.describe(), "model": Path(args.model).name, "recipe": recipe.content(), "kl": before,
         "predicted": found["divergence"], "predicted_share": found["suggestion"]["saved"], "rows": rows,
         "ratio": rows[0]["gain"] / mean, "ratio_to_best_draw": rows[0]["gain"] / best, "named": named,
     }  # fmt: skip
