@@ -119,7 +119,7 @@ def show(summary: dict[str, Any], *, as_json: bool) -> None:
         from quantlab.report.leaderboard import print_table
 
         print_table(summary["rows"])
-    for name, chosen in summary["types"].items():
+    for name, chosen in summary.get("types", {}).items():
         from quantlab.quant.mixed_precision.choose_types import table
 
         print("\n".join([f"types of {name}: {table(chosen)[0]}", *table(chosen)[1:]]))

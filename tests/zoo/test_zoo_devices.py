@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import WORDS, byte_tokenizer
-from tests.quant.test_devices import here_and_there, recipe
+from tests.quant.test_devices import exact_products, here_and_there, recipe  # noqa: F401  (a fixture for every test)
 from tests.zoo import builder
 
 # Of many kinds: plain, transposed, biases for each head, experts of three kinds, recurrent, with inputs of their own.
