@@ -12,7 +12,7 @@ import torch
 
 from quantlab.formats.gguf.levels import Levels
 from quantlab.formats.gguf.pack import Blocks, pack
-from quantlab.formats.gguf.scale_search import Fitted, fit, inverse, positive
+from quantlab.formats.gguf.scale_search import Fitted, fit, nearest, positive
 from quantlab.registry.block_types import BlockType
 
 TILE = 1 << 18  # weights searched at once; some ten temporaries of this size
@@ -54,10 +54,8 @@ def encode_rows(
 
 def _codes(x: torch.Tensor, fitted: Fitted, kind: BlockType) -> torch.Tensor:
     """Nearest codes uint8 [columns, rows]."""
-    groups, offsets = x.view(-1, kind.group, x.shape[1]), fitted.offsets()
-    shifted = groups if offsets is None else groups + offsets[:, None]
     grid = Levels(kind, x.device)
-    levels = grid.nearest(shifted * inverse(fitted.steps())[:, None])
+    levels = nearest(x.view(-1, kind.group, x.shape[1]), grid, fitted.steps(), fitted.offsets())
     return grid.codes(levels).view(x.shape)
 
 

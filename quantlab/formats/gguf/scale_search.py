@@ -112,6 +112,12 @@ def inverse(step: torch.Tensor) -> torch.Tensor:
     return torch.where(step.abs() < SMALLEST, 0.0, 1.0 / step)
 
 
+def nearest(x: torch.Tensor, grid: Levels, step: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+    """The levels nearest to ``x`` [groups, group, rows], for a step and an offset of each group, [groups, rows]."""
+    steps = inverse(step)[:, None]
+    return grid.nearest(x * steps if offset is None else (x + offset[:, None]).mul_(steps))
+
+
 @dataclass
 class _Sums:
     """Weighted sums over a group, [groups, rows]: of ``l``, ``l l``, ``l x``; those of 1 and x do not change."""
@@ -139,8 +145,7 @@ class _Search:
         self.least = 0.0 if kind.min_range else -float("inf")
 
     def levels(self, step: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
-        steps = inverse(step)[:, None]
-        return self.grid.nearest(self.x * steps if offset is None else (self.x + offset[:, None]).mul_(steps))
+        return nearest(self.x, self.grid, step, offset)
 
     def sums(self, levels: torch.Tensor) -> _Sums:
         product = (levels * self.wx).sum(dim=1)
